@@ -1,0 +1,34 @@
+# Two commands do everything: `make quickstart` and `make test`. Both install into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Passed on to tools/quickstart.py: --short for a two-minute form.
+FLAGS ?=
+PYTEST_FLAGS ?= -n auto --maxprocesses=4 --cov --cov-report=term
+
+.PHONY: install quickstart test lint clean
+
+quickstart: install ## train a small text-to-image DiT on shipped pairs, sample it, draw the results
+	$(BIN)/python tools/quickstart.py $(FLAGS)
+
+test: install ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: install ## formatter, linter, types, import floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "found: Python %d.%d\nrequired: Python 3.11 or newer\nwhat to do: make PYTHON=/path/to/python3.11 quickstart" % v[:2])'
+	@echo "installing dsr-scale with training, demo and test packages into $(VENV) (about 2 minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,demo,dev]'
+	@touch $@
+
+clean: ## remove the environment and the runs
+	rm -rf $(VENV) runs

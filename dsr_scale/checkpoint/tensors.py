@@ -1,0 +1,146 @@
+"""Tensors of a checkpoint by global name, through torch.distributed.checkpoint (DCP).
+
+Each tensor is written whole by one rank (tensor i by rank i mod world size), so that a save costs
+every rank its share of host memory and disk bandwidth, and any number of ranks, or one process
+without a process group, can read the result by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from dsr_scale.base import atomic_files
+from dsr_scale.base.errors import InputError
+from dsr_scale.checkpoint.directory import PARTIAL_SUFFIX, RUN_STATE_FILE
+
+READ_BYTES = 1 << 30
+"""Tensors are read in groups of about this size, which bounds host memory during a load."""
+
+
+def save(
+    target: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    run_state: Mapping[str, Any],
+    *,
+    group: dist.ProcessGroup,
+) -> None:
+    """Writes a complete checkpoint directory `target`, or leaves none. A collective.
+
+    `tensors` yields the same names on every rank in the same order. Raises InputError when the
+    disk is full or refuses.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    mine = {
+        name: tensor.detach().to("cpu", copy=True)
+        for index, (name, tensor) in enumerate(tensors)
+        if index % world_size == rank
+    }
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    with atomic_files.storage_errors(target):
+        if rank == 0:
+            for stale in (partial, target):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier(group)
+        try:
+            dcp.save(
+                mine, storage_writer=dcp.FileSystemWriter(partial), process_group=group
+            )
+        except dcp.CheckpointException as error:
+            raise _storage_cause(error) from error
+        if rank == 0:
+            atomic_files.write_json(partial / RUN_STATE_FILE, dict(run_state))
+            os.rename(partial, target)
+        dist.barrier(group)
+
+
+def _storage_cause(error: dcp.CheckpointException) -> BaseException:
+    """The OSError inside a failed DCP save, when that is what it was."""
+    for failure in error.failures.values():
+        cause = failure[0]
+        if isinstance(cause, OSError):
+            return cause
+    return error
+
+
+def names_and_shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    """What a checkpoint holds, from its metadata alone."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
+    return {
+        name: entry.size
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+
+
+def load(
+    checkpoint: Path,
+    wanted: Mapping[str, torch.Size],
+    receive: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Reads the `wanted` tensors in fp32 and hands each to `receive`.
+
+    Needs no process group: every caller reads for itself. Raises InputError when a name is missing
+    or has another shape: the checkpoint is of another model.
+    """
+    check_fits(checkpoint, wanted)
+    for names in _groups(wanted):
+        tensors = {
+            name: torch.empty(wanted[name], dtype=torch.float32) for name in names
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        for name in names:
+            receive(name, tensors.pop(name))
+
+
+def check_fits(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> None:
+    """Raises InputError unless the checkpoint holds every wanted name in the wanted shape."""
+    held = names_and_shapes(checkpoint)
+    problems = [f"{name} is missing" for name in wanted if name not in held]
+    problems += [
+        f"{name} is {tuple(held[name])}, not {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in held and held[name] != shape
+    ]
+    kinds = {name.partition(".")[0] for name in wanted}
+    problems += [
+        f"{name} belongs to no parameter of this model"
+        for name in held
+        if name.partition(".")[0] in kinds and name not in wanted
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (
+            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        )
+        raise InputError(
+            found=f"checkpoint {checkpoint} of another model: {shown}",
+            required="the tensors of the model in the config",
+            remedy="use the config the run was started with (config.yaml in its directory), "
+            "or another run directory",
+        )
+
+
+def _groups(wanted: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    group: list[str] = []
+    group_bytes = 0
+    for name, shape in wanted.items():
+        tensor_bytes = 4 * math.prod(shape)
+        if group and group_bytes + tensor_bytes > READ_BYTES:
+            yield group
+            group, group_bytes = [], 0
+        group.append(name)
+        group_bytes += tensor_bytes
+    if group:
+        yield group

@@ -1,0 +1,77 @@
+"""The `dsr-scale` command: one line per subcommand, and how mistakes of input are shown.
+
+Each subcommand is a function in a module of its own that imports what is heavy inside, so that
+`--help` and `plan` start without torch. Add one with `app.command("NAME")(module.function)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import dsr_scale
+from dsr_scale.base.errors import InputError
+from dsr_scale.cli import export, pack, plan, sample, train
+from dsr_scale.config.problems import ConfigError
+
+app = typer.Typer(
+    name="dsr-scale",
+    help="Pretrain text-to-image diffusion transformers with Dual-Stage Registers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dsr-scale {dsr_scale.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of every subcommand; also keeps a lone subcommand from becoming the program."""
+
+
+app.command("pack")(pack.pack)
+app.command("plan")(plan.plan)
+app.command("train")(train.train)
+app.command("export")(export.export)
+app.command("sample")(sample.sample)
+
+
+def run() -> None:
+    """Entry point. Bad input ends with status 2 and three readable parts, never a traceback."""
+    try:
+        app()
+    except InputError as error:
+        show_input_error(error)
+        sys.exit(2)
+
+
+def show_input_error(error: InputError) -> None:
+    """Print to stderr what was found, what is required and what to do, for each problem."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    problems = error.problems if isinstance(error, ConfigError) else (error,)
+    if isinstance(error, ConfigError):
+        console.print(Text(f"{len(problems)} problems in {error.source}", style="bold red"))
+    for number, problem in enumerate(problems, start=1):
+        prefix = f"{number}. " if len(problems) > 1 else ""
+        for label, text in (
+            (f"{prefix}found", problem.found),
+            ("required", problem.required),
+            ("what to do", problem.remedy),
+        ):
+            console.print(Text.assemble((f"{label}: ", "bold red"), (text, "red")))

@@ -1,0 +1,101 @@
+"""`dsr-scale sample`: prompts and a bundle → a PNG grid that remembers how it was made."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Solver(StrEnum):
+    """Solvers of the sampling ODE."""
+
+    euler = "euler"
+    heun = "heun"
+    dpm = "dpm++"
+
+
+def sample(
+    bundle: Annotated[
+        Path, typer.Argument(help="Directory written by dsr-scale export.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A caption; repeatable.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="One caption per line.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Default: the bundle's.")] = None,
+    solver: Annotated[
+        Solver | None, typer.Option(help="Default: the bundle's.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="1 is off; default: the bundle's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images per forward.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Draw one image per prompt."""
+    from rich.console import Console
+
+    prompts = _prompts(prompt or [], prompts_file)
+    from dsr_scale.export.bundle import read_description
+    from dsr_scale.export.pipeline import load
+    from dsr_scale.telemetry.pictures import image_grid
+    from dsr_scale.telemetry.progress import work_bar
+
+    chosen = read_description(bundle).sampling
+    given = {"steps": steps, "solver": solver and solver.value, "guidance": guidance}
+    sampling = type(chosen).model_validate(
+        chosen.model_dump()
+        | {key: value for key, value in given.items() if value is not None}
+    )
+    pipeline = load(bundle, device=device)
+    console = Console(stderr=True)
+    with work_bar(console) as bar:
+        chunks = -(-len(prompts) // batch)
+        task = bar.add_task("sampling", total=chunks * sampling.steps)
+        images = pipeline.sample(
+            prompts,
+            seed=seed,
+            sampling=sampling,
+            batch=batch,
+            on_step=lambda done, total: bar.advance(task),
+        )
+    metadata = {
+        "prompts": "\n".join(prompts),
+        "seed": str(seed),
+        "sampling": sampling.model_dump_json(),
+        "bundle": str(bundle),
+    }
+    image_grid(
+        [("", images)], prompts, out, side=max(96, images.shape[-1]), metadata=metadata
+    )
+    console.print(f"{len(prompts)} images → {out}")
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    from dsr_scale.base.errors import InputError
+
+    prompts = list(given)
+    if file is not None:
+        if not file.is_file():
+            raise InputError(
+                found=f"no prompt file {file}",
+                required="a text file with one caption per line",
+                remedy="check the path given with --prompts-file",
+            )
+        prompts += [
+            line.strip() for line in file.read_text().splitlines() if line.strip()
+        ]
+    if not prompts:
+        raise InputError(
+            found="no prompt",
+            required="at least one caption",
+            remedy='give --prompt "…" or --prompts-file FILE',
+        )
+    return prompts

@@ -1,0 +1,313 @@
+"""What must fit together across sections of a run, checked in one place and reported at once.
+
+Types and ranges of single fields are the schema's business; here are the rules that join two or
+more of them. All of it is arithmetic on the config, so a cluster job fails on the login node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from dsr_scale.base.errors import InputError
+from dsr_scale.config.derive import batch_arithmetic, latent_channels, latent_grid
+from dsr_scale.config.model import (
+    ClassConditioning,
+    InContextConditioning,
+)
+from dsr_scale.config.presets import with_preset
+from dsr_scale.config.problems import raise_problems
+from dsr_scale.config.run import RunConfig
+
+Problems = Iterator[InputError]
+
+_DECODER_FOR = {"pixels": "pixels", "vit": "rae", "vae": "vae"}
+"""Image encoder kind → the decoder kind that inverts it."""
+
+
+def check_run(run: RunConfig, *, data_parallel: int = 1) -> None:
+    """Raise InputError with everything in `run` that does not fit together.
+
+    `data_parallel` is the number of ranks that share the global batch.
+    """
+    problems: list[InputError] = []
+    for check in _CHECKS:
+        _collect(problems, check(run))
+    _collect(problems, _batch(run, data_parallel))
+    raise_problems(f"the run {run.name}", problems)
+
+
+def _collect(problems: list[InputError], found: Problems) -> None:
+    """Add what a check yields, or raises while it derives sizes; the same problem counts once."""
+    try:
+        for problem in found:
+            problems.append(problem)
+    except InputError as problem:
+        if str(problem) not in map(str, problems):
+            problems.append(problem)
+
+
+def _widths(run: RunConfig) -> Problems:
+    model = with_preset(run.model)
+    yield from _stack("model", model.width, model.heads)
+    if model.head is not None:
+        yield from _stack("model.head", model.head.width, model.head.heads)
+
+
+def _stack(name: str, width: int, heads: int) -> Problems:
+    found = f"{name}.width = {width}, {name}.heads = {heads}"
+    if width % heads:
+        yield InputError(
+            found=found,
+            required="a width divisible by the number of heads",
+            remedy=f"set {name}.heads to one of {_divisors(width)}",
+        )
+    elif (width // heads) % 4:
+        yield InputError(
+            found=f"{found}: {width // heads} channels per head",
+            required="channels per head divisible by 4: RoPE turns pairs, half of them per axis",
+            remedy=f"set {name}.width to a multiple of {4 * heads}",
+        )
+    if width % 4:
+        yield InputError(
+            found=f"{name}.width = {width}",
+            required="a width divisible by 4: sine and cosine of two axes",
+            remedy=f"set {name}.width to {width + 4 - width % 4}",
+        )
+
+
+def _registers(run: RunConfig) -> Problems:
+    model = with_preset(run.model)
+    count, start = model.registers.count, model.registers.start
+    if count and start is not None and start > model.depth - 1:
+        yield InputError(
+            found=f"model.registers.start = {start} in a body of {model.depth} blocks",
+            required=f"a block from 0 to {model.depth - 1}",
+            remedy="lower model.registers.start, or remove it for the published ceil(2·depth/7)",
+        )
+
+
+def _conditioning(run: RunConfig) -> Problems:
+    by_class = isinstance(run.model.conditioning, ClassConditioning)
+    text = run.encoders.text.kind
+    if by_class and text != "none":
+        yield InputError(
+            found=f"model.conditioning.kind = class, encoders.text.kind = {text}",
+            required="no text encoder for class conditioning",
+            remedy="set encoders.text.kind to none, or another model.conditioning.kind",
+        )
+    if not by_class and text == "none":
+        yield InputError(
+            found=f"model.conditioning.kind = {run.model.conditioning.kind}, "
+            "encoders.text.kind = none",
+            required="a text encoder for text conditioning",
+            remedy="set encoders.text.kind to transformers or bytes, or model.conditioning.kind "
+            "to class",
+        )
+
+
+def _attention(run: RunConfig) -> Problems:
+    if run.model.attention != "flash":
+        return
+    if isinstance(run.model.conditioning, InContextConditioning):
+        yield InputError(
+            found="model.attention = flash, model.conditioning.kind = in_context",
+            required="attention that can leave out padded caption tokens",
+            remedy="set model.attention to sdpa, or choose another model.conditioning.kind",
+        )
+    if run.training.precision == "fp32":
+        yield InputError(
+            found="model.attention = flash, training.precision = fp32",
+            required="bf16: flash-attn has no fp32 kernels",
+            remedy="set training.precision to bf16, or model.attention to sdpa",
+        )
+    if run.training.device == "cpu":
+        yield InputError(
+            found="model.attention = flash, training.device = cpu",
+            required="a CUDA device for flash-attn",
+            remedy="set model.attention to sdpa",
+        )
+
+
+def _encoders(run: RunConfig) -> Problems:
+    image, decoder = run.encoders.image.kind, run.encoders.decoder.kind
+    if decoder not in ("none", _DECODER_FOR[image]):
+        yield InputError(
+            found=f"encoders.image.kind = {image}, encoders.decoder.kind = {decoder}",
+            required=f"the decoder of the same latents, {_DECODER_FOR[image]}, or none",
+            remedy=f"set encoders.decoder.kind to {_DECODER_FOR[image]}, or to none for a run "
+            "without sample grids",
+        )
+
+
+def _grids(run: RunConfig) -> Problems:
+    """Every image size must give whole latent cells, and whole tokens of `model.patch` cells."""
+    latent_channels(run.encoders)  # an unknown encoder is one problem, not one for each size
+    resolution = run.data.resolution
+    sizes = {"data.resolution": (resolution, resolution)}
+    sizes |= {f"data.buckets[{i}]": size for i, size in enumerate(run.data.buckets)}
+    for name, (height, width) in sizes.items():
+        if min(height, width) <= 0:
+            yield InputError(
+                found=f"{name} = {height}×{width} pixels",
+                required="positive sides",
+                remedy=f"correct {name}",
+            )
+            continue
+        try:
+            grid = latent_grid(run.encoders, height, width, resolution)
+        except InputError as problem:
+            yield InputError(
+                found=f"{name}: {problem.found}",
+                required=problem.required,
+                remedy=problem.remedy,
+            )
+            continue
+        if grid[0] % run.model.patch or grid[1] % run.model.patch:
+            yield InputError(
+                found=f"{name}: a latent grid of {grid[0]}×{grid[1]} cells, "
+                f"model.patch = {run.model.patch}",
+                required="a grid divisible by the patch",
+                remedy=f"change model.patch or {name}",
+            )
+
+
+def _data(run: RunConfig) -> Problems:
+    if "://" in run.data.shards and run.data.cache_directory is None:
+        yield InputError(
+            found=f"data.shards = {run.data.shards}, no data.cache_directory",
+            required="a local directory for remote shards",
+            remedy="set data.cache_directory to a fast local disk",
+        )
+
+
+def _schedule(run: RunConfig) -> Problems:
+    steps, schedule = run.training.steps, run.training.schedule
+    if schedule.warmup_steps > steps:
+        yield InputError(
+            found=f"training.schedule.warmup_steps = {schedule.warmup_steps}, "
+            f"training.steps = {steps}",
+            required="a warm-up no longer than the run",
+            remedy="lower training.schedule.warmup_steps or raise training.steps",
+        )
+    start = max(schedule.decay_start_step, schedule.warmup_steps)
+    end = schedule.decay_end_step if schedule.decay_end_step is not None else steps
+    if schedule.decay != "constant" and end <= start:
+        yield InputError(
+            found=f"a {schedule.decay} decay from step {start} to step {end}",
+            required="an end after the start; the start is decay_start_step or the warm-up's end, "
+            "the end is decay_end_step or the last step",
+            remedy="raise training.schedule.decay_end_step (or training.steps), or lower "
+            "training.schedule.decay_start_step",
+        )
+    rate = run.training.optimizer.learning_rate
+    if schedule.decay != "constant" and schedule.final_learning_rate > rate:
+        yield InputError(
+            found=f"training.schedule.final_learning_rate = {schedule.final_learning_rate}, "
+            f"training.optimizer.learning_rate = {rate}",
+            required="a final rate no higher than the peak",
+            remedy="lower training.schedule.final_learning_rate",
+        )
+
+
+def _checkpoints(run: RunConfig) -> Problems:
+    every, keep = run.checkpoint.every_steps, run.checkpoint.keep_every_steps
+    if keep is not None and keep % every:
+        yield InputError(
+            found=f"checkpoint.keep_every_steps = {keep}, checkpoint.every_steps = {every}",
+            required="steps at which a checkpoint is written",
+            remedy=f"set checkpoint.keep_every_steps to a multiple of {every}",
+        )
+
+
+def _sampling(run: RunConfig) -> Problems:
+    grid = run.grid
+    low, high = grid.sampling.guidance_interval
+    if not 0 <= low < high <= 1:
+        yield InputError(
+            found=f"grid.sampling.guidance_interval = [{low}, {high}]",
+            required="two timesteps between 0 and 1, the lower first",
+            remedy="correct grid.sampling.guidance_interval; [0, 1] is everywhere",
+        )
+    if grid.every_steps is None:
+        return
+    if run.encoders.decoder.kind == "none":
+        yield InputError(
+            found=f"grid.every_steps = {grid.every_steps}, encoders.decoder.kind = none",
+            required="a decoder to turn sampled latents into images",
+            remedy=f"set encoders.decoder.kind to {_DECODER_FOR[run.encoders.image.kind]}, or "
+            "remove grid.every_steps",
+        )
+    if not grid.prompts:
+        yield InputError(
+            found=f"grid.every_steps = {grid.every_steps}, no grid.prompts",
+            required="at least one prompt",
+            remedy="set grid.prompts, or remove grid.every_steps",
+        )
+    if grid.sampling.guidance > 1 and run.data.condition_dropout == 0:
+        yield InputError(
+            found=f"grid.sampling.guidance = {grid.sampling.guidance}, data.condition_dropout = 0",
+            required="a trained unconditional branch for guidance",
+            remedy="set data.condition_dropout to 0.1, or grid.sampling.guidance to 1",
+        )
+    yield from _class_prompts(run)
+
+
+def _class_prompts(run: RunConfig) -> Problems:
+    conditioning = run.model.conditioning
+    if not isinstance(conditioning, ClassConditioning):
+        return
+    classes = conditioning.num_classes
+    wrong = [
+        prompt
+        for prompt in run.grid.prompts
+        if not (prompt.isascii() and prompt.isdigit() and int(prompt) < classes)
+    ]
+    if wrong:
+        yield InputError(
+            found=f"grid.prompts with {', '.join(map(repr, wrong))}, "
+            "model.conditioning.kind = class",
+            required=f"class numbers from 0 to {classes - 1}",
+            remedy="write class numbers in grid.prompts, or condition on text",
+        )
+
+
+def _diffusion(run: RunConfig) -> Problems:
+    shift = run.diffusion.shift
+    if shift != "dimension" and not (0 < shift < math.inf):
+        yield InputError(
+            found=f"diffusion.shift = {shift}",
+            required="a positive number, or dimension",
+            remedy="set diffusion.shift to dimension, or to 1.0 for no shift",
+        )
+
+
+def _batch(run: RunConfig, data_parallel: int) -> Problems:
+    """A global batch that does not divide is reported with the other problems."""
+    if data_parallel < 1:
+        yield InputError(
+            found=f"{data_parallel} data-parallel ranks",
+            required="at least one",
+            remedy="give a positive number of devices",
+        )
+        return
+    batch_arithmetic(run, data_parallel)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0 and number // n >= 4)
+
+
+_CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
+    _widths,
+    _registers,
+    _conditioning,
+    _attention,
+    _encoders,
+    _grids,
+    _data,
+    _schedule,
+    _checkpoints,
+    _sampling,
+    _diffusion,
+)

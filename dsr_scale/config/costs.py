@@ -1,0 +1,298 @@
+"""What a run costs, from its config alone: parameters, FLOPs per image, memory per GPU.
+
+FLOPs are counted from the shapes of the matrix products and not as 6·parameters·tokens: a third of
+a DiT's weights are AdaLN projections, which run once per image, so that rule overstates DiT-XL by
+1.46. Torch is not needed; that the counts are those of the real model is tested.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from dsr_scale.config.derive import BYTE_VOCABULARY, ModelShape
+from dsr_scale.config.model import ClassConditioning, QueryAdaLNConditioning
+from dsr_scale.config.run import RunConfig
+
+FOURIER_FEATURES = 512
+"""Sine and cosine of the 256 fixed frequencies of the timestep embedding."""
+
+BYTE_LAYERS = 2
+"""Transformer layers over a caption's bytes."""
+
+FFN_MULTIPLE = 128
+"""Hidden widths are zero-padded to a multiple of this; the padding computes nothing."""
+
+MEASURED_CEILING_TFLOPS = {"H200": 790.0}
+"""bf16 matrix products, TFLOP/s, measured on one GPU (performance.md)."""
+
+
+class Count(NamedTuple):
+    """Parameters of one part."""
+
+    published: int
+    """With the published hidden width, int(2/3 · 4 · width)."""
+    stored: int
+    """As held in memory, the hidden width padded."""
+
+    def __add__(self, other: object) -> Count:
+        assert isinstance(other, Count)
+        return Count(self.published + other.published, self.stored + other.stored)
+
+    def times(self, number: int) -> Count:
+        """The same part `number` times."""
+        return Count(self.published * number, self.stored * number)
+
+
+def hidden_width(width: int) -> int:
+    """Published hidden width of SwiGLU: int(2/3 · 4 · width)."""
+    return int(2 / 3 * 4 * width)
+
+
+def padded_hidden_width(width: int) -> int:
+    """Hidden width as stored, a multiple of `FFN_MULTIPLE`."""
+    return math.ceil(hidden_width(width) / FFN_MULTIPLE) * FFN_MULTIPLE
+
+
+def parameters(shape: ModelShape) -> dict[str, Count]:
+    """Trained parameters by part; their sum is the number of parameters of the built model.
+
+    `body` is the blocks without AdaLN and without cross-attention; `head` and `final` include
+    their own AdaLN; `conditioning` is the class table or everything that reads the caption.
+    """
+    width, head = shape.width, shape.head
+    cells = shape.channels * shape.patch**2
+    out_width = head.width if head else width
+    registers = shape.registers * width
+    head_count = _exact(0)
+    if head:
+        registers += shape.registers * head.width
+        projector = 0 if head.width == width else _linear(width, head.width)
+        block = _self_block(head.width, head.heads, shape.qk_norm) + _adaln(head.width)
+        head_count = block.times(head.depth) + _exact(_linear(cells, head.width) + projector)
+    timestep = _linear(FOURIER_FEATURES, width) + _linear(width, width)
+    return {
+        "embedders": _exact(_linear(cells, width) + timestep),
+        "body": _self_block(width, shape.heads, shape.qk_norm).times(shape.depth),
+        "AdaLN": _adaln(width).times(shape.depth),
+        "registers": _exact(registers),
+        "conditioning": _conditioning(shape),
+        "head": head_count,
+        "final": _exact(out_width + _linear(out_width, 2 * out_width) + _linear(out_width, cells)),
+    }
+
+
+def total(counts: dict[str, Count]) -> Count:
+    """The sum over parts."""
+    return sum(counts.values(), start=Count(0, 0))
+
+
+def _exact(number: int) -> Count:
+    return Count(number, number)
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _attention(width: int, heads: int, qk_norm: bool) -> int:
+    norms = 2 * (width // heads) if qk_norm else 0
+    return _linear(width, 3 * width) + _linear(width, width) + norms
+
+
+def _swiglu(width: int) -> Count:
+    def count(hidden: int) -> int:
+        return _linear(width, 2 * hidden) + _linear(hidden, width)
+
+    return Count(count(hidden_width(width)), count(padded_hidden_width(width)))
+
+
+def _self_block(width: int, heads: int, qk_norm: bool) -> Count:
+    """Two norms, self-attention, SwiGLU."""
+    return _exact(2 * width + _attention(width, heads, qk_norm)) + _swiglu(width)
+
+
+def _adaln(width: int) -> Count:
+    return _exact(_linear(width, 6 * width))
+
+
+def _cross_attention(width: int) -> int:
+    """Query, key-value and output projections."""
+    return _linear(width, width) + _linear(width, 2 * width) + _linear(width, width)
+
+
+def _conditioning(shape: ModelShape) -> Count:
+    width = shape.width
+    match shape.conditioning:
+        case ClassConditioning(num_classes=classes):
+            return _exact((classes + 1) * width)
+        case QueryAdaLNConditioning(connector_depth=depth):
+            queries = shape.image_tokens * width
+            layer = _exact(2 * width + _cross_attention(width)) + _swiglu(width)
+            rest = _exact(queries + width + width + _linear(width, width))
+            return _text_tokens(shape) + layer.times(depth) + rest
+        case conditioning:
+            pooled = _exact(width + 2 * _linear(width, width))
+            cross = 0
+            if conditioning.kind == "cross_attention":
+                cross = shape.depth * (width + _cross_attention(width))
+            return _text_tokens(shape) + pooled + _exact(cross)
+
+
+def _text_tokens(shape: ModelShape) -> Count:
+    if shape.text_kind == "features":
+        return _exact(_linear(shape.text_channels, shape.width))
+    layers = _self_block(shape.width, shape.heads, qk_norm=False).times(BYTE_LAYERS)
+    return layers + _exact(BYTE_VOCABULARY * shape.width)
+
+
+def forward_flops(shape: ModelShape) -> dict[str, int]:
+    """FLOPs (2 per multiply-add) of one forward of one image, by part; training costs three times.
+
+    Source: performance.md §1. Matrix products only, with the published hidden width; captions
+    count at their padded length.
+    """
+    width, head = shape.width, shape.head
+    image, text = shape.image_tokens, shape.text_length
+    per_token = shape.conditioning.kind == "query_adaln"
+    cells = shape.channels * shape.patch**2
+    body = adaln = cross = 0
+    for rows in body_rows(shape):
+        body += _block_flops(width, rows)
+        adaln += _adaln_flops(width, rows if per_token else 1)
+        if shape.conditioning.kind == "cross_attention":
+            cross += _cross_flops(width, rows, text)
+    embedders = image * 2 * cells * width + 2 * (FOURIER_FEATURES * width + width * width)
+    if head is None:
+        head_flops = 0
+        final = image * 2 * width * cells + 4 * width * width * (image if per_token else 1)
+    else:
+        rows = image + shape.registers
+        head_flops = head.depth * (_block_flops(head.width, rows) + _adaln_flops(head.width, rows))
+        head_flops += image * 2 * cells * head.width
+        head_flops += 0 if head.width == width else rows * 2 * width * head.width
+        final = image * (2 * head.width * cells + 4 * head.width * head.width)
+    return {
+        "embedders": embedders,
+        "body": body,
+        "AdaLN": adaln,
+        "conditioning": cross + _text_flops(shape),
+        "head": head_flops,
+        "final": final,
+    }
+
+
+def body_rows(shape: ModelShape) -> list[int]:
+    """Rows inside each body block: image, text in context, registers from their start."""
+    text = shape.text_length if shape.conditioning.kind == "in_context" else 0
+    return [
+        shape.image_tokens + text + (shape.registers if block >= shape.register_start else 0)
+        for block in range(shape.depth)
+    ]
+
+
+def training_flops(shape: ModelShape) -> int:
+    """FLOPs of forward and backward of one image: three forwards."""
+    return 3 * sum(forward_flops(shape).values())
+
+
+def _block_flops(width: int, rows: int) -> int:
+    """Self-attention and SwiGLU over `rows` tokens."""
+    return rows * (8 * width**2 + 6 * width * hidden_width(width)) + 4 * rows**2 * width
+
+
+def _adaln_flops(width: int, rows: int) -> int:
+    return 12 * width**2 * rows
+
+
+def _cross_flops(width: int, rows: int, text: int) -> int:
+    """`rows` queries that read `text` tokens."""
+    return 4 * rows * width**2 + 4 * text * width**2 + 4 * rows * text * width
+
+
+def _text_flops(shape: ModelShape) -> int:
+    """From text features or bytes to what the blocks take, cross-attention in the blocks aside."""
+    width, text, image = shape.width, shape.text_length, shape.image_tokens
+    if shape.text_kind == "none":
+        return 0
+    if shape.text_kind == "features":
+        tokens = 2 * text * shape.text_channels * width
+    else:
+        tokens = BYTE_LAYERS * _block_flops(width, text)
+    match shape.conditioning:
+        case QueryAdaLNConditioning(connector_depth=depth):
+            layer = _cross_flops(width, image, text) + image * 6 * width * hidden_width(width)
+            return tokens + depth * layer + 2 * image * width**2
+        case _:
+            return tokens + 4 * width**2
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU by item; the frozen encoders and the allocator's slack are not in it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """fp32 master weights (ZeRO keeps them in fp32 training too) and two moments, sharded."""
+    ema: int
+    """fp32, sharded like the optimizer."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the items."""
+        return sum(self)
+
+
+class _ActivationCost(NamedTuple):
+    """Bytes kept for the backward pass, in units of the width, per row and block."""
+
+    block: float
+    per_token_adaln: float
+    cross: float
+    """Per image row."""
+    cross_text: float
+    """Per text row."""
+    qk_norm: float
+
+
+_ACTIVATIONS: dict[tuple[str, bool], _ActivationCost] = {
+    ("bf16", False): _ActivationCost(59.5, 18.0, 12.0, 4.0, 12.0),
+    ("fp32", False): _ActivationCost(110.9, 35.9, 20.0, 8.0, 8.0),
+    ("bf16", True): _ActivationCost(36.1, 12.0, 8.0, 4.0, 4.0),
+    ("fp32", True): _ActivationCost(72.2, 24.0, 16.0, 8.0, 8.0),
+}
+"""(precision, compiled) → cost. Eager: measured on this package's block by counting what autograd
+saves. Compiled: derived for perfectly fused element-wise work (performance.md §2), not measured."""
+
+
+def memory_per_gpu(run: RunConfig, shape: ModelShape, *, data_parallel: int) -> Memory:
+    """Bytes on each of `data_parallel` GPUs under ZeRO-1 at the run's micro-batch.
+
+    Activations are those of the blocks, which dominate.
+    """
+    count = total(parameters(shape)).stored
+    bf16 = run.training.precision == "bf16"
+    return Memory(
+        weights=count * (2 if bf16 else 4),
+        gradients=count * 4,
+        optimizer=math.ceil(count * 12 / data_parallel),
+        ema=math.ceil(count * 4 / data_parallel),
+        activations=round(run.training.microbatch_images * activation_bytes(run, shape)),
+    )
+
+
+def activation_bytes(run: RunConfig, shape: ModelShape) -> float:
+    """Bytes per image that the blocks keep for the backward pass."""
+    cost = _ACTIVATIONS[run.training.precision, run.training.compile]
+    kind = shape.conditioning.kind
+    base = cost.block + (cost.qk_norm if shape.qk_norm else 0)
+    body = base + (cost.per_token_adaln if kind == "query_adaln" else 0)
+    body += cost.cross if kind == "cross_attention" else 0
+    total_bytes = sum(body_rows(shape)) * shape.width * body
+    if kind == "cross_attention":
+        total_bytes += shape.depth * shape.text_length * shape.width * cost.cross_text
+    if shape.head is not None:
+        rows = (shape.image_tokens + shape.registers) * shape.head.depth
+        total_bytes += rows * shape.head.width * (base + cost.per_token_adaln)
+    return total_bytes

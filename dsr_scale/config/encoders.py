@@ -1,0 +1,138 @@
+"""The frozen encoders: which network turns pixels into latents, captions into tokens, latents into pixels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dsr_scale.config.section import Section
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+class PixelsImage(Section):
+    """Raw pixels in [-1, 1], one token per patch: the paper's JiT-style setting. Needs no weights."""
+
+    kind: Literal["pixels"] = "pixels"
+    patch: int = Field(default=16, gt=0)
+    """Side of a patch, in pixels; latents are [3·patch², H/patch, W/patch]."""
+
+
+class VitImage(Section):
+    """Final tokens of a vision transformer (RAE): affine-free last norm, special tokens dropped, whitened."""
+
+    kind: Literal["vit"] = "vit"
+    model: str
+    """Hub name, local directory, or `package:NAME/PATH` for weights inside an installed package."""
+    revision: str | None = None
+    """Commit of the hub repository; pin it for a run that must be repeatable."""
+    statistics: str | None = None
+    """safetensors file with `mean` and `variance` [C,H,W] of the latents; None skips whitening."""
+    input_size: int | None = Field(default=None, gt=0)
+    """Side the image is resized to for the encoder; needed for models `derive.py` does not know."""
+    channels: int | None = Field(default=None, gt=0)
+    """Token width; needed for models `derive.py` does not know."""
+    patch: int | None = Field(default=None, gt=0)
+    """Patch side of the encoder; needed for models `derive.py` does not know."""
+    dtype: Dtype = "fp32"
+    """Precision the encoder runs in."""
+
+
+class VaeImage(Section):
+    """Latents of a KL autoencoder, scaled as its config says; the mean of the posterior."""
+
+    kind: Literal["vae"] = "vae"
+    model: str
+    """Hub name, local directory, or `package:NAME/PATH`."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+    channels: int = Field(default=4, gt=0)
+    """Latent channels."""
+    downsample: int = Field(default=8, gt=0)
+    """Image side over latent side."""
+    dtype: Dtype = "fp32"
+    """Precision the encoder runs in."""
+
+
+class BytesText(Section):
+    """UTF-8 bytes; the model learns its own embedding of them. Needs no weights."""
+
+    kind: Literal["bytes"] = "bytes"
+    max_length: int = Field(default=64, gt=0)
+    """Bytes kept of a caption."""
+
+
+class TransformersText(Section):
+    """Hidden states of a frozen language model from the transformers library."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: str
+    """Hub name, local directory, or `package:NAME/PATH`."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+    max_length: int = Field(default=128, gt=0)
+    """Tokens kept of a caption."""
+    layer: int = -1
+    """Which of the hidden states, counted as Python counts; -1 is the last, after its norm."""
+    template: str = "{caption}"
+    """Text around the caption."""
+    channels: int = Field(gt=0)
+    """Width of the hidden states; checked against the model when it is loaded."""
+    dtype: Dtype = "fp32"
+    """Precision the language model runs in."""
+    cache_captions: int = Field(default=65_536, ge=0)
+    """Captions whose tokens are kept in memory; repeated captions then cost nothing."""
+
+
+class NoText(Section):
+    """No captions: for class conditioning."""
+
+    kind: Literal["none"] = "none"
+
+
+class PixelsDecoder(Section):
+    """The inverse of `pixels`."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
+class RaeDecoder(Section):
+    """diffusers' `AutoencoderRAE` decoder."""
+
+    kind: Literal["rae"] = "rae"
+    model: str
+    """Hub name, local directory, or `package:NAME/PATH`."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+
+
+class VaeDecoder(Section):
+    """diffusers' `AutoencoderKL` decoder."""
+
+    kind: Literal["vae"] = "vae"
+    model: str
+    """Hub name, local directory, or `package:NAME/PATH`."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+
+
+class NoDecoder(Section):
+    """Latents only: no sample grids."""
+
+    kind: Literal["none"] = "none"
+
+
+ImageEncoderConfig = Annotated[PixelsImage | VitImage | VaeImage, Field(discriminator="kind")]
+TextEncoderConfig = Annotated[BytesText | TransformersText | NoText, Field(discriminator="kind")]
+DecoderConfig = Annotated[
+    PixelsDecoder | RaeDecoder | VaeDecoder | NoDecoder, Field(discriminator="kind")
+]
+
+
+class EncodersConfig(Section):
+    """The three frozen networks around the diffusion transformer."""
+
+    image: ImageEncoderConfig = PixelsImage()
+    text: TextEncoderConfig = BytesText()
+    decoder: DecoderConfig = PixelsDecoder()

@@ -1,0 +1,36 @@
+"""A whole run: what one YAML file describes."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dsr_scale.config.data import DataConfig
+from dsr_scale.config.diffusion import DiffusionConfig
+from dsr_scale.config.encoders import EncodersConfig
+from dsr_scale.config.model import ModelConfig
+from dsr_scale.config.section import Section
+from dsr_scale.config.training import (
+    CheckpointConfig,
+    GridConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+
+
+class RunConfig(Section):
+    """Every setting of a training run. `directory` holds all it writes."""
+
+    name: str
+    """Shown in logs, and the run's name in wandb."""
+    directory: str
+    """Run directory: checkpoints, metrics, grids and the resolved config."""
+    seed: int = Field(default=0, ge=0)
+    """Initial weights, data order, noise and dropout are functions of it."""
+    data: DataConfig
+    encoders: EncodersConfig = EncodersConfig()
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    grid: GridConfig = GridConfig()
+    tracking: TrackingConfig = TrackingConfig()

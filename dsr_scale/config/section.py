@@ -1,0 +1,13 @@
+"""The base of every configuration section: frozen, strict about unknown keys, documented in place."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """One block of a run file. Unknown keys are refused; a field's docstring is its manual."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )

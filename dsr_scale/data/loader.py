@@ -1,0 +1,283 @@
+"""From a step number to this rank's micro-batches, decoded in worker processes.
+
+The parent decides *which* samples (`buckets.BatchPlan`, a pure function of the step), the workers
+decide nothing: a request names epoch, sample ids and image size, and the answer depends on those
+and the seed only. So the number of workers and ranks changes the speed, never the data, and a run
+resumes from its step number. `torch.utils.data.DataLoader` moves requests and answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dsr_scale.base.errors import InputError
+from dsr_scale.config.data import DataConfig
+from dsr_scale.data.buckets import BatchPlan
+from dsr_scale.data.captions import choose_caption, drop_condition
+from dsr_scale.data.corruption import REPLACEMENT_ATTEMPTS, CorruptImage, replacement_id
+from dsr_scale.data.order import SampleOrder
+from dsr_scale.data.samples import Sample, Samples
+from dsr_scale.data.shards import ShardStore
+from dsr_scale.data.transforms import UnreadableImage, cover_and_crop, decode_rgb
+from dsr_scale.data.worker_processes import tie_to_parent
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples; every row agrees on its position in all fields."""
+
+    images: torch.Tensor
+    """uint8 [B, 3, H, W], RGB."""
+    captions: tuple[str, ...]
+    """The chosen caption, also where `null` says that it is to be ignored; "" if there is none."""
+    labels: torch.Tensor | None
+    """int64 [B], when labels were asked for."""
+    null: torch.Tensor
+    """bool [B]: the condition is dropped."""
+    epochs: torch.Tensor
+    """int64 [B]"""
+    sample_ids: torch.Tensor
+    """int64 [B]: the samples that are in the batch, so the replacements of unusable ones."""
+    keys: tuple[str, ...]
+    corrupt: tuple[CorruptImage, ...]
+    """Samples that were asked for and could not be used."""
+
+
+class Request(NamedTuple):
+    """What a worker is asked for."""
+
+    epochs: np.ndarray
+    sample_ids: np.ndarray
+    target: tuple[int, int]
+
+
+def open_samples(config: DataConfig) -> Samples:
+    """The data set that `config.shards` names, in the format it names. Raises `InputError`."""
+    if config.format == "mds":
+        return ShardStore(config)
+    from dsr_scale.data.tars import TarStore
+
+    return TarStore(config)
+
+
+class BatchStream:
+    """The endless stream of one data-parallel rank's batches, from any step."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch_images: int,
+        microbatch_images: int,
+        rank: int,
+        world_size: int,
+        need_labels: bool = False,
+        start_method: Literal["fork", "spawn"] = "fork",
+    ) -> None:
+        """`rank` and `world_size` count model replicas; raises `InputError` for uneven batches."""
+        assert 0 <= rank < world_size
+        if global_batch_images % (world_size * microbatch_images):
+            raise InputError(
+                found=f"global batch {global_batch_images}, {world_size} data-parallel ranks, "
+                f"micro-batch {microbatch_images}",
+                required="a global batch divisible by ranks × micro-batch",
+                remedy="change the global batch or the micro-batch",
+            )
+        order = SampleOrder(
+            samples.shard_sizes, seed=seed, block_samples=config.shuffle_block_samples
+        )
+        self._plan = BatchPlan(
+            order,
+            global_batch_images,
+            resolution=config.resolution,
+            buckets=config.buckets,
+            sizes=samples.sizes if config.buckets else None,
+        )
+        rank_images = global_batch_images // world_size
+        self._rows = range(rank * rank_images, (rank + 1) * rank_images, microbatch_images)
+        self._microbatch = microbatch_images
+        self._decoder = _Decoder(samples, config, seed, need_labels)
+        self._config = config
+        self._start_method = start_method
+        self._iterator: Iterator[Batch | InputError] | None = None
+
+    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+        """The micro-batches of optimizer steps first_step, first_step + 1, …, for ever.
+
+        Workers start with the first `next` and end with `close`, with a new call of `steps`, or
+        with the thread that started them.
+        """
+        workers = self._config.workers
+        parallel: dict[str, Any] = {}
+        if workers:
+            parallel = {
+                "prefetch_factor": self._config.prefetch_batches,
+                "multiprocessing_context": self._start_method,
+                "worker_init_fn": functools.partial(_start_worker, os.getpid()),
+            }
+        loader = DataLoader(
+            self._decoder,
+            batch_size=None,
+            sampler=self._requests(first_step),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            **parallel,
+        )
+        self.close()
+        self._iterator = iter(loader)
+        iterator = self._iterator
+        while iterator is self._iterator:
+            yield [_raise_error(next(iterator)) for _ in self._rows]
+
+    def close(self) -> None:
+        """Ends the workers. A later call of `steps` starts new ones."""
+        if self._iterator is not None:
+            shut_down = getattr(self._iterator, "_shutdown_workers", None)
+            self._iterator = None
+            if shut_down is not None:
+                shut_down()
+
+    def _requests(self, first_step: int) -> Iterator[Request]:
+        step = first_step
+        while True:
+            batch = self._plan.batch(step)
+            for start in self._rows:
+                rows = slice(start, start + self._microbatch)
+                yield Request(batch.epochs[rows], batch.sample_ids[rows], batch.target)
+            step += 1
+
+
+def _start_worker(parent_pid: int, worker: int) -> None:
+    tie_to_parent(parent_pid)
+
+
+def _raise_error(answer: Batch | InputError) -> Batch:
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class _Unusable(Exception):
+    """This sample cannot be trained on; its slot is refilled."""
+
+
+class _Slot(NamedTuple):
+    image: np.ndarray
+    caption: str
+    label: int
+    null: bool
+    sample_id: int
+    key: str
+
+
+class _Decoder(Dataset[Batch | InputError]):
+    """Answers a request with a batch: reads, decodes, crops and chooses captions.
+
+    An error for people is an answer too: raised here, DataLoader would turn it into a
+    RuntimeError with a traceback for text.
+    """
+
+    def __init__(self, samples: Samples, config: DataConfig, seed: int, need_labels: bool) -> None:
+        self._samples = samples
+        self._config = config
+        self._seed = seed
+        self._need_labels = need_labels
+
+    def __getitem__(self, request: Request) -> Batch | InputError:
+        try:
+            return self._decode(request)
+        except InputError as error:
+            return error
+
+    def _decode(self, request: Request) -> Batch:
+        height, width = request.target
+        images = torch.empty((len(request.sample_ids), 3, height, width), dtype=torch.uint8)
+        slots: list[_Slot] = []
+        corrupt: list[CorruptImage] = []
+        pairs = zip(request.epochs.tolist(), request.sample_ids.tolist(), strict=True)
+        for row, (epoch, sample_id) in enumerate(pairs):
+            slot, unusable = self._fill(epoch, sample_id, request.target)
+            images[row] = torch.from_numpy(slot.image)
+            slots.append(slot)
+            corrupt += unusable
+        labels = torch.tensor([slot.label for slot in slots]) if self._need_labels else None
+        return Batch(
+            images=images,
+            captions=tuple(slot.caption for slot in slots),
+            labels=labels,
+            null=torch.tensor([slot.null for slot in slots]),
+            epochs=torch.from_numpy(request.epochs.copy()),
+            sample_ids=torch.tensor([slot.sample_id for slot in slots]),
+            keys=tuple(slot.key for slot in slots),
+            corrupt=tuple(corrupt),
+        )
+
+    def _fill(
+        self, epoch: int, wanted: int, target: tuple[int, int]
+    ) -> tuple[_Slot, list[CorruptImage]]:
+        """The wanted sample, or the first usable replacement and a record of every failure."""
+        failures: list[tuple[str, str, int]] = []
+        sample_id = wanted
+        for attempt in range(REPLACEMENT_ATTEMPTS + 1):
+            sample = self._samples.read(sample_id)
+            try:
+                slot = self._use(sample, epoch, sample_id, target)
+            except _Unusable as error:
+                failures.append((sample.key, str(error), sample_id))
+                sample_id = replacement_id(
+                    wanted, attempt, samples=len(self._samples), seed=self._seed, epoch=epoch
+                )
+                continue
+            return slot, [CorruptImage(*failure, slot.sample_id) for failure in failures]
+        key, reason, _ = failures[0]
+        raise InputError(
+            found=f"sample {key} is unusable ({reason}), and so are {REPLACEMENT_ATTEMPTS} others "
+            "drawn in its place",
+            required="a data set of which most samples can be used",
+            remedy="check that the shards hold images with captions; pack the data again",
+        )
+
+    def _use(self, sample: Sample, epoch: int, sample_id: int, target: tuple[int, int]) -> _Slot:
+        config = self._config
+        identity = {"seed": self._seed, "epoch": epoch, "sample_id": sample_id}
+        caption, label = "", -1
+        if sample.captions:
+            caption = choose_caption(sample.captions, config.caption_choice, **identity)
+        elif not self._need_labels:
+            raise _Unusable("no caption")
+        if self._need_labels:
+            label = _label(sample, config.label_field)
+        try:
+            image = decode_rgb(sample.image, config.background, target)
+        except UnreadableImage as error:
+            raise _Unusable(str(error)) from error
+        pixels = cover_and_crop(
+            image, target, crop=config.crop, flip=config.horizontal_flip, **identity
+        )
+        null = drop_condition(config.condition_dropout, **identity)
+        return _Slot(pixels, caption, label, null, sample_id, sample.key)
+
+
+def _label(sample: Sample, field: str) -> int:
+    value = sample.metadata.get(field)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(
+            found=f"sample {sample.key} has {field} = {value!r} in its metadata",
+            required=f"an integer class in the field {field} (data.label_field) of every sample",
+            remedy="pack the data with that field, name another, or condition on text",
+        )
+    return value

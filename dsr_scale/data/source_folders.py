@@ -1,0 +1,118 @@
+"""A folder of images with caption files beside them: `x.jpg`, `x.txt`, and optionally `x.json`.
+
+Each line of the text file is one caption; the JSON object becomes metadata. Subfolders are
+included; a sample's key is its path below the folder, without the ending.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsr_scale.base.errors import InputError
+from dsr_scale.data.samples import Caption
+from dsr_scale.data.sources import (
+    IMAGE_SUFFIXES,
+    Dropped,
+    RawSample,
+    SourceOptions,
+    Unit,
+    name_some,
+)
+
+
+class FolderSource:
+    """Images below one directory. A unit's span is a tuple of (key, image file name or None)."""
+
+    kind = "folder"
+
+    def __init__(self, directory: Path, options: SourceOptions) -> None:
+        self._directory = directory
+        self._unit_samples = options.unit_samples
+        images: dict[str, list[str]] = {}
+        texts: set[str] = set()
+        for parent, folders, names in os.walk(directory):
+            folders.sort()
+            below = Path(parent).relative_to(directory)
+            for name in names:
+                suffix = Path(name).suffix
+                key = (below / name.removesuffix(suffix)).as_posix()
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    images.setdefault(key, []).append(key + suffix)
+                elif suffix.lower() == ".txt":
+                    texts.add(key)
+        doubled = [name for names in images.values() if len(names) > 1 for name in sorted(names)]
+        if doubled:
+            raise InputError(
+                found=f"{directory} has images that differ only in their ending: "
+                f"{name_some(doubled)}",
+                required="one image for each caption file",
+                remedy="remove or rename the others",
+            )
+        if not images:
+            raise InputError(
+                found=f"{directory} holds no images",
+                required=f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))}",
+                remedy="correct the path, or name the kind of source",
+            )
+        orphans = [(key, None) for key in texts - images.keys()]
+        self._entries = sorted([*((key, names[0]) for key, names in images.items()), *orphans])
+        self.files = [directory / name for _, name in self._entries if name is not None]
+
+    def units(self) -> list[Unit]:
+        """Slices of `unit_samples` entries of the sorted listing."""
+        size, entries = self._unit_samples, self._entries
+        return [
+            Unit(str(self._directory), tuple(entries[start : start + size]))
+            for start in range(0, len(entries), size)
+        ]
+
+    def read(self, unit: Unit) -> Iterator[RawSample | Dropped]:
+        """The unit's samples in order."""
+        for key, name in unit.span:
+            if name is None:
+                yield Dropped(key, "missing image", f"{key}.txt has no image")
+                continue
+            image = self._directory / name
+            yield RawSample(
+                key, image.read_bytes(), _captions(image), _metadata(image.with_suffix(".json"))
+            )
+
+    def missing_images(self) -> list[str]:
+        """Caption files without an image."""
+        return [f"{key}.txt" for key, name in self._entries if name is None]
+
+    def __getstate__(self) -> dict[str, object]:
+        # The listing may be long, and a unit carries its own part of it.
+        return {**self.__dict__, "_entries": [], "files": []}
+
+
+def _captions(image: Path) -> tuple[Caption, ...]:
+    path = image.with_suffix(".txt")
+    if not path.is_file():
+        return ()
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(Caption(line, "text") for line in lines if line)
+
+
+def _metadata(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    return parse_metadata(path.read_bytes(), str(path))
+
+
+def parse_metadata(content: bytes, where: str) -> dict[str, object]:
+    """A JSON object; raises `InputError` for anything else."""
+    try:
+        metadata = json.loads(content)
+    except ValueError as error:
+        metadata = error
+    if not isinstance(metadata, dict):
+        raise InputError(
+            found=f"{where} holds {metadata!r:.80}",
+            required="one JSON object of metadata",
+            remedy="correct or remove the file",
+        )
+    return metadata

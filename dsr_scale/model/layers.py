@@ -1,0 +1,216 @@
+"""The parts of a block: normalisation, attention, SwiGLU, embeddings, the final layer.
+
+Module and parameter names are those of the published state dicts. Linears are plain
+`torch.nn.Linear`; head counts are read off the projected width, so a linear that holds only some
+heads works unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dsr_scale.base.errors import InputError
+
+FREQUENCIES = 256
+"""Random Fourier frequencies of the timestep embedding."""
+
+
+class RMSNorm(nn.Module):
+    """x/√(mean x² + 1e-6) in float32, cast back, times a learned weight: [..., D] → [..., D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = functional.rms_norm(x.float(), (x.shape[-1],), eps=1e-6)
+        return normed.to(x.dtype) * self.weight
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, with shift and scale [B,1,D] or [B,N,D]."""
+    return x * (1 + scale) + shift
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on adjacent channel pairs in float32: x [B,h,N,d], cos and sin [N,d/2]."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def require_flash(device: torch.device) -> None:
+    """Raises InputError where `attention: flash` cannot run; call it before expensive work."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise InputError(
+            found="model.attention = flash, but the package flash-attn is not installed",
+            required="flash-attn 2.7 or newer",
+            remedy="install the extra `flash`, or set model.attention to sdpa",
+        )
+    if device.type != "cuda":
+        raise InputError(
+            found=f"model.attention = flash on the device {device.type}",
+            required="a CUDA device and bf16 or fp16 weights",
+            remedy="set model.attention to sdpa",
+        )
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """flash-attn on [B,h,N,d]; its own layout is [B,N,h,d]."""
+    require_flash(q.device)
+    flash_attn: Any = importlib.import_module("flash_attn")
+    out = flash_attn.flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def refuse_masked_flash() -> InputError:
+    """The error for flash-attn with padded text in the sequence."""
+    return InputError(
+        found="model.attention = flash with text in context, whose padding needs a mask",
+        required="an attention that takes a mask",
+        remedy="set model.attention to sdpa, or choose another model.conditioning.kind",
+    )
+
+
+class Attention(nn.Module):
+    """Self-attention with a fused qkv projection: [B,N,D] → [B,N,D]."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool = False,
+        kind: Literal["sdpa", "flash"] = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.kind = kind
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """`cos`, `sin`: [N, head_dim/2] or None for no RoPE; `mask`: keys [B,1,1,N], True = seen."""
+        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.kind == "flash":
+            if mask is not None:
+                raise refuse_masked_flash()
+            out = _flash(q, k, v)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to text: x [B,N,D], text [B,L,D], mask [B,1,1,L] → [B,N,D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        kv = self.kv(text).unflatten(-1, (2, -1, self.head_dim))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(-2))
+
+
+def swiglu_hidden(width: int) -> int:
+    """Published hidden width of the SwiGLU, int(⅔·4·D)."""
+    return int(2 / 3 * 4 * width)
+
+
+def padded_hidden(width: int) -> int:
+    """The hidden width stored: the published one raised to a multiple of 128."""
+    return 128 * math.ceil(swiglu_hidden(width) / 128)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a)·b) with [a,b] = w12(x), hidden width zero-padded to a multiple of 128.
+
+    Odd widths such as 5461 lose the fast matrix kernels and do not split over ranks. The padding
+    rows of w12 (at the end of a and of b) and columns of w3 are zero and get exactly zero gradient,
+    so the padded layer computes and trains as the published one.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = padded_hidden(width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(functional.silu(a) * b)
+
+
+class PatchEmbed(nn.Module):
+    """Latents [B,C,H,W] → row-major tokens [B,T,D] by a convolution of kernel and stride p."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] in [0,1] → [B,D] through fixed random Fourier features and an MLP.
+
+    The frequencies W stay in float32 whatever dtype the model is cast to: 2πtW in bf16 would merge
+    neighbouring timesteps.
+    """
+
+    W: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("W", torch.empty(FREQUENCIES))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TimestepEmbedder:
+        frequencies = self.W
+        super()._apply(fn, recurse)
+        if self.W.dtype != torch.float32:
+            self.W = frequencies.to(self.W.device)
+        return self
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        angles = 2 * math.pi * timesteps.float()[:, None] * self.W[None, :]
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B,T,D] modulated by c [B,1,D] or [B,T,D] → [B,T,p²·C]."""
+
+    def __init__(self, width: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,166 @@
+"""Who this process is among the others: one process, torchrun, or srun, by the same command.
+
+The three launchers differ only in which environment variables they set; `place_from_environment`
+reads them as a pure function, so that rank arithmetic is tested without processes. Only
+`start` touches torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dsr_scale.base.errors import InputError
+
+COLLECTIVE_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process's position in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    rendezvous: str | None
+    """`host:port` of rank 0, or None when there is only one process."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The started process group: data parallel over all ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup
+    """A gloo group for small messages between hosts, beside NCCL on GPUs."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what only one may write."""
+        return self.rank == 0
+
+    def sum_on_host(self, values: list[float]) -> list[float]:
+        """Sum of `values` over all ranks, in double precision, without touching the device."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.host_group)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Waits for every rank, on the host."""
+        dist.barrier(group=self.host_group)
+
+
+def place_from_environment(environment: Mapping[str, str]) -> Place:
+    """Reads torchrun's variables, else srun's, else says that this is the only process.
+
+    Raises InputError when a launcher's variables are incomplete: a rank that believes it is alone
+    would train on all the data and overwrite the others' files.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _torchrun_place(environment)
+    # Only srun sets the step variables; a batch script itself has SLURM_PROCID=0 as well.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        host = environment.get("MASTER_ADDR") or _first_host(
+            environment["SLURM_STEP_NODELIST"]
+        )
+        port = environment.get("MASTER_PORT") or slurm_port(environment["SLURM_JOB_ID"])
+        return Place(
+            rank=int(environment["SLURM_PROCID"]),
+            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environment["SLURM_LOCALID"]),
+            rendezvous=f"{host}:{port}",
+        )
+    return Place(rank=0, world_size=1, local_rank=0, rendezvous=None)
+
+
+def slurm_port(job_id: str) -> int:
+    """A port that differs between jobs sharing a node, the same on every rank of one job."""
+    return 20_000 + int(job_id) % 20_000
+
+
+def _torchrun_place(environment: Mapping[str, str]) -> Place:
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        present = [name for name in needed if name in environment]
+        raise InputError(
+            found=f"the environment has {', '.join(present)} but not {', '.join(missing)}",
+            required="all of " + ", ".join(needed),
+            remedy="start with torchrun or srun, or unset RANK and WORLD_SIZE to run one process",
+        )
+    return Place(
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        local_rank=int(environment["LOCAL_RANK"]),
+        rendezvous=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
+    )
+
+
+def _first_host(nodelist: str) -> str:
+    command = ["scontrol", "show", "hostnames", nodelist]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True
+    ).stdout.split()[0]
+
+
+def choose_device(choice: str, local_rank: int) -> torch.device:
+    """`auto` takes the GPU of this local rank when there is one. Raises InputError when there is not."""
+    available = torch.cuda.device_count()
+    if choice == "cpu" or (choice == "auto" and available == 0):
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise InputError(
+            found=f"local rank {local_rank}, but {available} visible GPUs",
+            required="one GPU per process, or training.device=cpu",
+            remedy="start fewer processes per node, check CUDA_VISIBLE_DEVICES, "
+            "or set training.device=cpu",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(device_choice: str) -> Ranks:
+    """Joins the process group that the launcher prepared, or makes one of a single process."""
+    place = place_from_environment(os.environ)
+    device = choose_device(device_choice, place.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed reads these of a process that torch.distributed already started.
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    os.environ["DS_ACCELERATOR"] = device.type
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        if place.rendezvous is None:
+            store = dist.HashStore()
+            dist.init_process_group(
+                backend, store=store, rank=0, world_size=1, timeout=timeout
+            )
+        else:
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{place.rendezvous}"
+                if "TORCHELASTIC_RUN_ID" not in os.environ
+                else "env://",
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
+            )
+    world = dist.group.WORLD
+    assert world is not None
+    host_group = world if device.type == "cpu" else dist.new_group(backend="gloo")
+    assert isinstance(host_group, dist.ProcessGroup)
+    return Ranks(place.rank, place.world_size, device, host_group)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

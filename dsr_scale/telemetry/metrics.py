@@ -1,0 +1,79 @@
+"""Metrics of a run: one JSON object per line in the run directory, and the same to wandb.
+
+The local file needs no account and is what the tools of this package read. A resumed run appends;
+steps that were logged, lost with a crash and trained again appear twice, and readers take the last.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes metrics; only the first rank has one."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        wandb_mode: Literal["offline", "online", "off"],
+        project: str,
+        name: str,
+        config: dict[str, Any],
+        run_id: str | None,
+    ) -> None:
+        self._file = (directory / METRICS_FILE).open("a", buffering=1)
+        self._wandb: Any = None
+        self.run_id = run_id
+        if wandb_mode != "off":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                mode=wandb_mode,
+                dir=str(directory),
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            self.run_id = self._wandb.id
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records `metrics` after `step` finished steps."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._wandb is not None:
+            numbers = {
+                key: value
+                for key, value in metrics.items()
+                if not isinstance(value, list)
+            }
+            self._wandb.log(numbers, step=step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        """Shows a picture that was already written to `path` in the tracker as well."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All records of a run in step order, the last one of each step."""
+    path = directory / METRICS_FILE
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        by_step[record["step"]] = {**by_step.get(record["step"], {}), **record}
+    return [by_step[step] for step in sorted(by_step)]

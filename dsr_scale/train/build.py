@@ -1,0 +1,124 @@
+"""From a run file to everything a run needs, cheapest checks first.
+
+The order is the order of cost: config arithmetic, output directory, data index, encoders, network,
+ZeRO. What a person got wrong is found before the expensive part, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsr_scale.base import atomic_files
+from dsr_scale.base.errors import InputError
+from dsr_scale.config.checks import check_run
+from dsr_scale.config.derive import (
+    BatchArithmetic,
+    ModelShape,
+    batch_arithmetic,
+    latent_grid,
+    model_shape,
+    timestep_shift,
+)
+from dsr_scale.config.run import RunConfig
+from dsr_scale.data.loader import BatchStream, Samples, open_samples
+from dsr_scale.encoders.contract import build_image_encoder, build_text_encoder
+from dsr_scale.model.build import build_model, build_on_meta, decay_groups
+from dsr_scale.parallel.groups import Ranks
+from dsr_scale.parallel.zero import ZeroEngine, start_zero
+from dsr_scale.train.objective import FlowMatching
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a started run."""
+
+    run: RunConfig
+    ranks: Ranks
+    shape: ModelShape
+    timestep_shift: float
+    batches: BatchArithmetic
+    samples: Samples
+    stream: BatchStream
+    objective: FlowMatching
+    engine: ZeroEngine
+
+
+def check_before_start(run: RunConfig, *, data_parallel: int) -> None:
+    """All that can be refused without torch.distributed, a GPU or a network weight."""
+    check_run(run, data_parallel=data_parallel)
+    directory = Path(run.directory)
+    atomic_files.require_writable_directory(directory)
+    _check_room(run, directory)
+
+
+def _check_room(run: RunConfig, directory: Path) -> None:
+    model = build_on_meta(model_shape(run))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # fp32 weights, two moments, EMA; one more save than is kept exists while it is written.
+    needed = 16 * parameters * (run.checkpoint.keep_last + 1)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise InputError(
+            found=f"{free / 2**30:.1f} GiB free at {directory}",
+            required=f"{needed / 2**30:.1f} GiB for {run.checkpoint.keep_last + 1} checkpoints of "
+            f"{parameters / 1e6:.1f} M parameters",
+            remedy="free space, set another directory=…, or lower checkpoint.keep_last",
+        )
+
+
+def build_training(run: RunConfig, ranks: Ranks) -> Training:
+    """Opens data and encoders, builds the network from the seed and puts it under ZeRO."""
+    shape = model_shape(run)
+    shift = timestep_shift(run, shape)
+    batches = batch_arithmetic(run, ranks.world_size)
+    samples = open_samples(run.data)
+    stream = BatchStream(
+        samples,
+        run.data,
+        seed=run.seed,
+        global_batch_images=batches.global_images,
+        microbatch_images=batches.microbatch_images,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        need_labels=shape.conditioning.kind == "class",
+    )
+    image_encoder = build_image_encoder(
+        run.encoders.image, resolution=run.data.resolution, device=ranks.device
+    )
+    text_encoder = (
+        None
+        if shape.text_kind == "none"
+        else build_text_encoder(run.encoders.text, device=ranks.device)
+    )
+    objective = FlowMatching(
+        run.diffusion, shift, run.seed, image_encoder, text_encoder, ranks.device
+    )
+    for height, width in run.data.buckets:
+        latent_grid(run.encoders, height, width, run.data.resolution)
+    model = build_model(shape, seed=run.seed)
+    decay, no_decay = decay_groups(model)
+    if run.training.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    engine = start_zero(
+        model,
+        (
+            [parameter for _, parameter in decay],
+            [parameter for _, parameter in no_decay],
+        ),
+        run.training,
+        ranks=ranks,
+        accumulation_steps=batches.accumulation_steps,
+    )
+    return Training(
+        run, ranks, shape, shift, batches, samples, stream, objective, engine
+    )
+
+
+def empty_network(shape: ModelShape, device: torch.device) -> torch.nn.Module:
+    """An uninitialised fp32 network of `shape`, to be filled with EMA weights."""
+    return build_on_meta(shape).to_empty(device=device).eval().requires_grad_(False)

@@ -1,0 +1,204 @@
+"""The training loop: batches in, steps, and at intervals metrics, grids and checkpoints.
+
+It holds no arithmetic of its own: the objective makes the loss, the engine makes the step, and
+everything that depends on the step number is a pure function of it, so a resumed run repeats the
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from dsr_scale.base import atomic_files
+from dsr_scale.config.load import dump_run
+from dsr_scale.config.run import RunConfig
+from dsr_scale.data.corruption import check_rate
+from dsr_scale.data.loader import Batch
+from dsr_scale.parallel import groups
+from dsr_scale.telemetry.metrics import MetricsLog
+from dsr_scale.telemetry.progress import training_bar
+from dsr_scale.train import resume
+from dsr_scale.train.build import Training, build_training, check_before_start
+from dsr_scale.train.grids import TrainingGrids
+from dsr_scale.train.schedule import learning_rate
+from dsr_scale.train.signals import StopRequest
+from dsr_scale.train.state import RunState
+
+CONFIG_FILE = "config.yaml"
+
+OnStep = Callable[[int, list[Batch]], None]
+"""Called after each optimizer step with its number (from 1) and this rank's micro-batches."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended."""
+
+    state: RunState
+    stopped_by: str | None
+    """Name of the signal that asked for the stop, or None when all steps are done."""
+
+
+def train(run: RunConfig, *, on_step: OnStep | None = None) -> Finished:
+    """Trains to the last step, from the newest checkpoint if there is one.
+
+    One process, torchrun and srun call this alike. Raises InputError for anything a person can
+    put right.
+    """
+    place = groups.place_from_environment(os.environ)
+    check_before_start(run, data_parallel=place.world_size)
+    ranks = groups.start(run.training.device)
+    try:
+        return _Loop(build_training(run, ranks), on_step).run()
+    finally:
+        groups.stop()
+
+
+class _Interval:
+    """Sums between two log lines."""
+
+    def __init__(self) -> None:
+        self.started_s = time.perf_counter()
+        self.steps = 0
+        self.loss = 0.0
+
+
+class _Loop:
+    """One run in this process."""
+
+    def __init__(self, training: Training, on_step: OnStep | None) -> None:
+        self.training = training
+        self.on_step = on_step
+        self.console = Console(stderr=True, quiet=not training.ranks.is_first)
+        self.directory = Path(training.run.directory)
+        self.corrupt_keys: list[str] = []
+        self.state = resume.restore(training, self.console)
+        self.log = self._open_log()
+        self.grids = TrainingGrids.for_run(training)
+
+    def _open_log(self) -> MetricsLog | None:
+        run = self.training.run
+        if not self.training.ranks.is_first:
+            return None
+        atomic_files.write_bytes(self.directory / CONFIG_FILE, dump_run(run).encode())
+        return MetricsLog(
+            self.directory,
+            wandb_mode=run.tracking.wandb,
+            project=run.tracking.project,
+            name=run.name,
+            config=run.model_dump(mode="json"),
+            run_id=self.state.tracker_run_id,
+        )
+
+    def run(self) -> Finished:
+        """Steps until the end or a signal; the last state is always saved."""
+        steps = self.training.run.training.steps
+        if self.log is not None:
+            self.state = replace(self.state, tracker_run_id=self.log.run_id)
+        stopped_by: str | None = None
+        bar = training_bar(
+            self.console,
+            visible=self.training.ranks.is_first and self.console.is_terminal,
+        )
+        task = bar.add_task("training", total=steps, loss="–", images_per_s="–")
+        bar.update(task, completed=self.state.step)
+        interval = _Interval()
+        saved_step = self.state.step
+        batches = self.training.stream.steps(self.state.step)
+        try:
+            with StopRequest() as request, bar:
+                while self.state.step < steps and stopped_by is None:
+                    asked = self._step(next(batches), interval, request)
+                    if self._due(self.training.run.tracking.log_every_steps):
+                        fields = self._write_metrics(interval)
+                        bar.update(task, **fields)
+                        interval = _Interval()
+                    bar.update(task, completed=self.state.step)
+                    if self.grids is not None and self._due(self.grids.every_steps):
+                        self.grids.draw(self.state.step, self.log)
+                    if asked:
+                        stopped_by = request.signal_name or "a signal on another rank"
+                    if asked or self._due(self.training.run.checkpoint.every_steps):
+                        resume.save(self.training, self.state)
+                        saved_step = self.state.step
+            if saved_step < self.state.step:
+                resume.save(self.training, self.state)
+        finally:
+            self.training.stream.close()
+            if self.log is not None:
+                self.log.close()
+        return Finished(self.state, stopped_by)
+
+    def _step(
+        self, micro_batches: list[Batch], interval: _Interval, request: StopRequest
+    ) -> bool:
+        """One optimizer step. Returns whether any rank was asked to stop."""
+        training, step = self.training, self.state.step
+        loss = 0.0
+        for batch in micro_batches:
+            result = training.objective(training.engine.model, batch)
+            training.engine.backward(result.mean, accumulation_steps=len(micro_batches))
+            loss += float(result.mean.detach()) / len(micro_batches)
+        rate = learning_rate(training.run.training, step)
+        self.gradient_norm = training.engine.step(step=step, learning_rate=rate)
+        corrupt = [record for batch in micro_batches for record in batch.corrupt]
+        for record in corrupt:
+            self.corrupt_keys.append(record.key)
+            self.console.print(f"[yellow]unreadable image: {record}[/yellow]")
+        loss_sum, corrupt_sum, stops = training.ranks.sum_on_host(
+            [loss, float(len(corrupt)), float(request.signal_name is not None)]
+        )
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            samples_seen=(step + 1) * training.batches.global_images,
+            corrupt_seen=self.state.corrupt_seen + int(corrupt_sum),
+        )
+        interval.steps += 1
+        interval.loss += loss_sum / training.ranks.world_size
+        check_rate(
+            self.state.corrupt_seen,
+            self.state.samples_seen,
+            training.run.data.max_corrupt_rate,
+            self.corrupt_keys,
+        )
+        if self.on_step is not None:
+            self.on_step(self.state.step, micro_batches)
+        return stops > 0
+
+    def _write_metrics(self, interval: _Interval) -> dict[str, str]:
+        """Logs the interval's means; returns what the bar shows."""
+        elapsed_s = time.perf_counter() - interval.started_s
+        images_per_s = interval.steps * self.training.batches.global_images / elapsed_s
+        loss = interval.loss / interval.steps
+        if self.log is not None:
+            self.log.log(
+                self.state.step,
+                {
+                    "loss": loss,
+                    "gradient_norm": self.gradient_norm,
+                    "learning_rate": learning_rate(
+                        self.training.run.training, self.state.step - 1
+                    ),
+                    "images_per_s": images_per_s,
+                    "samples_seen": self.state.samples_seen,
+                    "epoch": self.state.samples_seen / len(self.training.samples),
+                    "corrupt_seen": self.state.corrupt_seen,
+                    "corrupt_keys": self.corrupt_keys[-20:],
+                },
+            )
+        if not self.console.is_terminal:
+            self.console.print(
+                f"step {self.state.step}/{self.training.run.training.steps}  loss {loss:.4f}  "
+                f"{images_per_s:.1f} images/s"
+            )
+        return {"loss": f"{loss:.4f}", "images_per_s": f"{images_per_s:.1f}"}
+
+    def _due(self, every_steps: int) -> bool:
+        return self.state.step % every_steps == 0

@@ -1,0 +1,91 @@
+"""A training run that takes a second, and the processes that run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from dsr_scale.checkpoint import directory, tensors
+
+DRIVER = Path(__file__).with_name("train_driver.py")
+
+CONFIG = {
+    "name": "tiny",
+    "directory": "",
+    "seed": 3,
+    "data": {
+        "shards": "package:emoji",
+        "max_samples": 20,
+        "resolution": 32,
+        "workers": 1,
+        "crop": "random",
+    },
+    "encoders": {"image": {"kind": "pixels", "patch": 8}, "text": {"kind": "bytes"}},
+    "model": {
+        "width": 32,
+        "depth": 4,
+        "heads": 2,
+        "registers": {"count": 4},
+        "conditioning": {"kind": "cross_attention"},
+    },
+    "training": {
+        "steps": 6,
+        "global_batch_images": 8,
+        "microbatch_images": 4,
+        "precision": "fp32",
+        "device": "cpu",
+        # A key bias has no gradient but rounding; Adam's usual eps would blow that up to full steps.
+        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, "eps": 1e-4},
+        "ema_decay": 0.9,
+    },
+    "checkpoint": {"every_steps": 3, "keep_last": 5},
+    "tracking": {"log_every_steps": 1, "wandb": "off"},
+}
+
+
+def write_config(folder: Path) -> Path:
+    """The tiny run file, writing into `folder`/run."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "directory": str(folder / "run")}))
+    return path
+
+
+def run_training(
+    folder: Path, *overrides: str, ranks: int = 1, kill_after: int = 0, expect: int = 0
+) -> Path:
+    """Trains in new processes; returns the run directory."""
+    config = write_config(folder)
+    command = [str(DRIVER), str(config), str(folder / "ids.jsonl"), str(kill_after), *overrides]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *command], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return folder / "run"
+
+
+def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by name."""
+    checkpoint = directory.step_directory(run, step)
+    loaded: dict[str, torch.Tensor] = {}
+    tensors.load(checkpoint, tensors.names_and_shapes(checkpoint), loaded.__setitem__)
+    return loaded
+
+
+def consumed(folder: Path) -> dict[int, list[int]]:
+    """Sample ids of each step over all ranks; the last time a step was trained counts."""
+    steps: dict[int, dict[str, list[int]]] = {}
+    for line in (folder / "ids.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        steps.setdefault(record["step"], {})[record["rank"]] = record["ids"]
+    return {step: sum((by[r] for r in sorted(by)), []) for step, by in steps.items()}

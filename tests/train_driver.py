@@ -1,0 +1,34 @@
+"""Runs a training in a process of its own, writes which samples each step used, and may die.
+
+python train_driver.py CONFIG IDS_FILE KILL_AFTER_STEP [key=value …]; step 0 never kills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from dsr_scale.config.load import load_run
+from dsr_scale.data.loader import Batch
+from dsr_scale.train.loop import train
+
+
+def main() -> None:
+    config, ids_file, kill_after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    rank = os.environ.get("RANK", "0")
+
+    def on_step(step: int, batches: list[Batch]) -> None:
+        ids = [i for batch in batches for i in batch.sample_ids.tolist()]
+        with ids_file.open("a") as file:
+            file.write(json.dumps({"step": step, "rank": rank, "ids": ids}) + "\n")
+        if step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(load_run(config, sys.argv[4:]), on_step=on_step)
+
+
+if __name__ == "__main__":
+    main()
