@@ -27,13 +27,13 @@ def encoded(number: int, height: int = 24, width: int = 32, kind: str = "PNG") -
     return buffer.getvalue()
 
 
-def write_list(directory: Path, count: int, **size: int) -> Path:
+def write_list(directory: Path, count: int, height: int = 24, width: int = 32) -> Path:
     """A JSONL list of `count` images with two captions and a label each; returns its path."""
     (directory / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
         name = f"images/{number:04d}.png"
-        (directory / name).write_bytes(encoded(number, **size))
+        (directory / name).write_bytes(encoded(number, height, width))
         lines.append(json.dumps(row(number) | {"image": name}))
     path = directory / "list.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -52,12 +52,12 @@ def row(number: int) -> dict[str, Any]:
     }
 
 
-def write_tar(path: Path, numbers: range, **size: int) -> None:
+def write_tar(path: Path, numbers: range) -> None:
     """A tar as img2dataset writes it: jpg, txt and json members."""
     with tarfile.open(path, "w") as archive:
         for number in numbers:
             members = {
-                "jpg": encoded(number, kind="JPEG", **size),
+                "jpg": encoded(number, kind="JPEG"),
                 "json": json.dumps({"caption": f"picture {number}", "label": number % 7}).encode(),
                 "txt": f"picture {number}".encode(),
             }

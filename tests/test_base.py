@@ -35,7 +35,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(InputError, match="no space left while writing .*state.json"):
+    with pytest.raises(InputError, match=r"no space left while writing .*state\.json"):
         atomic_files.write_json(path, {"step": 2})
     assert path.read_text() == '{\n  "step": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
@@ -48,8 +48,9 @@ def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_refused_writes_name_the_path() -> None:
-    with pytest.raises(InputError, match="no permission to write /x"), atomic_files.storage_errors(
-        Path("/x")
+    with (
+        pytest.raises(InputError, match="no permission to write /x"),
+        atomic_files.storage_errors(Path("/x")),
     ):
         raise PermissionError(errno.EACCES, "denied")
 

@@ -67,7 +67,7 @@ def test_a_billion_samples_need_only_their_block() -> None:
     order = SampleOrder(np.full(100_000, 10_000), seed=0, block_samples=262_144)
     epochs, ids = order.take(10**9 - 3, 6)
     assert epochs.tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(set(ids.tolist())) == 6 and 0 <= ids.min() and ids.max() < 10**9
+    assert len(set(ids.tolist())) == 6 and ids.min() >= 0 and ids.max() < 10**9
 
 
 BUCKETS = ((16, 16), (12, 20), (20, 12), (8, 32))
@@ -76,7 +76,9 @@ BUCKETS = ((16, 16), (12, 20), (20, 12), (8, 32))
 def plan(samples: int, images: int, seed: int = 0) -> BatchPlan:
     generator = np.random.default_rng(7)
     sizes = generator.integers(8, 40, (samples, 2))
-    order = SampleOrder(np.array([samples // 2, samples - samples // 2]), seed=seed, block_samples=9)
+    order = SampleOrder(
+        np.array([samples // 2, samples - samples // 2]), seed=seed, block_samples=9
+    )
     return BatchPlan(order, images, resolution=16, buckets=BUCKETS, sizes=sizes)
 
 
@@ -102,7 +104,9 @@ def test_batches_have_one_bucket_and_the_mixed_ones_are_few() -> None:
         mixed = 0
         for step in range(planned.super_block_batches):
             batch = planned.batch(block * planned.super_block_batches + step)
-            ratios = np.log(planned.sizes[batch.sample_ids][:, 1] / planned.sizes[batch.sample_ids][:, 0])
+            ratios = np.log(
+                planned.sizes[batch.sample_ids][:, 1] / planned.sizes[batch.sample_ids][:, 0]
+            )
             # The slow way: compare every ratio with every bucket in plain Python.
             nearest = [
                 min(BUCKETS, key=lambda b, ratio=ratio: abs(ratio - np.log(b[1] / b[0])))

@@ -117,9 +117,7 @@ def test_random_crop_and_flip_depend_on_identity_alone() -> None:
     mirrored = cover_and_crop(image, (20, 20), crop="random", flip=1.0, **identity)
     np.testing.assert_array_equal(mirrored, plain[:, :, ::-1])
     different = {
-        cover_and_crop(
-            image, (20, 20), crop="random", seed=1, epoch=epoch, sample_id=3
-        ).tobytes()
+        cover_and_crop(image, (20, 20), crop="random", seed=1, epoch=epoch, sample_id=3).tobytes()
         for epoch in range(20)
     }
     assert len(different) > 15

@@ -44,7 +44,9 @@ def test_killed_run_goes_on_bit_identically(whole: Path, tmp_path: Path) -> None
     run_training(tmp_path)
     assert_same_tensors(whole / "run", tmp_path / "run", 6)
     assert consumed(tmp_path) == consumed(whole)
-    states = [directory.read_run_state(directory.find_checkpoint(f / "run")) for f in (whole, tmp_path)]
+    states = [
+        directory.read_run_state(directory.find_checkpoint(f / "run")) for f in (whole, tmp_path)
+    ]
     for state in states:
         state["config"]["directory"] = ""
     assert states[0] == states[1]

@@ -88,4 +88,4 @@ def consumed(folder: Path) -> dict[int, list[int]]:
     for line in (folder / "ids.jsonl").read_text().splitlines():
         record = json.loads(line)
         steps.setdefault(record["step"], {})[record["rank"]] = record["ids"]
-    return {step: sum((by[r] for r in sorted(by)), []) for step, by in steps.items()}
+    return {step: [i for rank in sorted(by) for i in by[rank]] for step, by in steps.items()}

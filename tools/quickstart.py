@@ -59,7 +59,9 @@ def main() -> None:
     devices = torch.cuda.device_count()
     form = SHORT if options.short else GPU if devices else CPU
     started_s = time.perf_counter()
-    say(f"quickstart: {form.config.name} on {f'{devices} GPU(s)' if devices else 'CPU'}, into {OUT}")
+    say(
+        f"quickstart: {form.config.name} on {f'{devices} GPU(s)' if devices else 'CPU'}, into {OUT}"
+    )
     shutil.rmtree(OUT, ignore_errors=True)
 
     say("1/5 what the config means, before anything is spent")
@@ -92,7 +94,7 @@ def main() -> None:
         f"done in {minutes:.1f} minutes. In {OUT}: samples.png (prompts beside their nearest training "
         "images), loss.png, token_norms.png, two_prompts.png, bundle/, registers/ (checkpoints, "
         "metrics.jsonl, grids). Try next: "
-        f'{COMMAND.relative_to(Path.cwd()) if COMMAND.is_relative_to(Path.cwd()) else COMMAND} '
+        f"{COMMAND.relative_to(Path.cwd()) if COMMAND.is_relative_to(Path.cwd()) else COMMAND} "
         f'sample {OUT / "bundle"} --prompt "red heart" and docs/quickstart.md'
     )
 

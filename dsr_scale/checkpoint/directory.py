@@ -75,9 +75,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / RUN_STATE_FILE).read_text())
 
 
-def remove_old(
-    run_directory: Path, *, keep_last: int, keep_every_steps: int | None
-) -> list[int]:
+def remove_old(run_directory: Path, *, keep_last: int, keep_every_steps: int | None) -> list[int]:
     """Removes all but the last `keep_last` checkpoints and the multiples of `keep_every_steps`."""
     removed = []
     for step in complete_steps(run_directory)[:-keep_last]:

@@ -8,7 +8,6 @@ without a process group, can read the result by name.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,14 +52,12 @@ def save(
             partial.mkdir(parents=True)
         dist.barrier(group)
         try:
-            dcp.save(
-                mine, storage_writer=dcp.FileSystemWriter(partial), process_group=group
-            )
+            dcp.save(mine, storage_writer=dcp.FileSystemWriter(partial), process_group=group)
         except dcp.CheckpointException as error:
             raise _storage_cause(error) from error
         if rank == 0:
             atomic_files.write_json(partial / RUN_STATE_FILE, dict(run_state))
-            os.rename(partial, target)
+            partial.rename(target)
         dist.barrier(group)
 
 
@@ -95,9 +92,7 @@ def load(
     """
     check_fits(checkpoint, wanted)
     for names in _groups(wanted):
-        tensors = {
-            name: torch.empty(wanted[name], dtype=torch.float32) for name in names
-        }
+        tensors = {name: torch.empty(wanted[name], dtype=torch.float32) for name in names}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)

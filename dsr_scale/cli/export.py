@@ -27,12 +27,8 @@ class BundleDtype(StrEnum):
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory of dsr-scale train.")],
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    step: Annotated[
-        int | None, typer.Option(help="Checkpoint; the newest by default.")
-    ] = None,
-    weights: Annotated[
-        Weights, typer.Option(help="Averaged or raw weights.")
-    ] = Weights.ema,
+    step: Annotated[int | None, typer.Option(help="Checkpoint; the newest by default.")] = None,
+    weights: Annotated[Weights, typer.Option(help="Averaged or raw weights.")] = Weights.ema,
     dtype: Annotated[BundleDtype, typer.Option(help="Precision.")] = BundleDtype.fp32,
 ) -> None:
     """Write safetensors and a description that `dsr-scale sample` reads without the trainer."""
@@ -40,9 +36,7 @@ def export(
 
     from dsr_scale.export.bundle import export_run
 
-    description = export_run(
-        run, out, step=step, weights=weights.value, dtype=dtype.value
-    )
+    description = export_run(run, out, step=step, weights=weights.value, dtype=dtype.value)
     Console(stderr=True).print(
         f"step {description.provenance.step} ({weights.value}, {dtype.value}) of "
         f"{description.provenance.run_name} → {out}"

@@ -18,23 +18,16 @@ class Solver(StrEnum):
 
 
 def sample(
-    bundle: Annotated[
-        Path, typer.Argument(help="Directory written by dsr-scale export.")
-    ],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A caption; repeatable.")
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="One caption per line.")
-    ] = None,
+    bundle: Annotated[Path, typer.Argument(help="Directory written by dsr-scale export.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A caption; repeatable.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="One caption per line.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Default: the bundle's.")] = None,
-    solver: Annotated[
-        Solver | None, typer.Option(help="Default: the bundle's.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="1 is off; default: the bundle's.")
+    solver: Annotated[Solver | None, typer.Option(help="Default: the bundle's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 is off; default: the bundle's.")] = None,
+    autoguidance: Annotated[
+        Path | None, typer.Option(help="Bundle of a weaker model to guide away from.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Images per forward.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -43,6 +36,7 @@ def sample(
     from rich.console import Console
 
     prompts = _prompts(prompt or [], prompts_file)
+    from dsr_scale.base.errors import InputError
     from dsr_scale.export.bundle import read_description
     from dsr_scale.export.pipeline import load
     from dsr_scale.telemetry.pictures import image_grid
@@ -51,10 +45,16 @@ def sample(
     chosen = read_description(bundle).sampling
     given = {"steps": steps, "solver": solver and solver.value, "guidance": guidance}
     sampling = type(chosen).model_validate(
-        chosen.model_dump()
-        | {key: value for key, value in given.items() if value is not None}
+        chosen.model_dump() | {key: value for key, value in given.items() if value is not None}
     )
     pipeline = load(bundle, device=device)
+    weaker = None if autoguidance is None else load(autoguidance, device=device)
+    if weaker is not None and weaker.shape.grid != pipeline.shape.grid:
+        raise InputError(
+            found=f"latents of {pipeline.shape.grid} in {bundle} and {weaker.shape.grid} in {autoguidance}",
+            required="two models of the same latents",
+            remedy="guide with a smaller or less trained model of the same encoder and resolution",
+        )
     console = Console(stderr=True)
     with work_bar(console) as bar:
         chunks = -(-len(prompts) // batch)
@@ -64,6 +64,7 @@ def sample(
             seed=seed,
             sampling=sampling,
             batch=batch,
+            weaker=weaker,
             on_step=lambda done, total: bar.advance(task),
         )
     metadata = {
@@ -71,10 +72,9 @@ def sample(
         "seed": str(seed),
         "sampling": sampling.model_dump_json(),
         "bundle": str(bundle),
+        "autoguidance": str(autoguidance),
     }
-    image_grid(
-        [("", images)], prompts, out, side=max(96, images.shape[-1]), metadata=metadata
-    )
+    image_grid([("", images)], prompts, out, side=max(96, images.shape[-1]), metadata=metadata)
     console.print(f"{len(prompts)} images → {out}")
 
 
@@ -89,9 +89,7 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
                 required="a text file with one caption per line",
                 remedy="check the path given with --prompts-file",
             )
-        prompts += [
-            line.strip() for line in file.read_text().splitlines() if line.strip()
-        ]
+        prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
     if not prompts:
         raise InputError(
             found="no prompt",

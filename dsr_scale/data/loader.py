@@ -131,13 +131,19 @@ class BatchStream:
             sampler=self._requests(first_step),
             num_workers=workers,
             collate_fn=_unchanged,
+            generator=torch.Generator(),  # else it draws from, and so moves, the global one
             **parallel,
         )
         self.close()
         self._iterator = iter(loader)
         iterator = self._iterator
-        while iterator is self._iterator:
-            yield [_raise_error(next(iterator)) for _ in self._rows]
+        try:
+            while iterator is self._iterator:
+                yield [_raise_error(next(iterator)) for _ in self._rows]
+        finally:
+            # At once: left to the garbage collector, a worker can take 5 s to notice its end.
+            if iterator is self._iterator:
+                self.close()
 
     def close(self) -> None:
         """Ends the workers. A later call of `steps` starts new ones."""

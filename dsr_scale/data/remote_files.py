@@ -24,6 +24,7 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.data.file_locks import locked
 
+CACHE_NAME = "dsr_scale_cache"
 _LOCK_STRIPES = 64
 _TOUCH_INTERVAL_S = 10.0
 """A file's time of last use is renewed at most this often by each process."""
@@ -106,7 +107,8 @@ class FileStore:
                 required="a local directory for the shards that were fetched",
                 remedy="set data.cache_directory to a fast local disk",
             )
-        self._cache_root = Path(cache_directory)
+        # A directory of our own: what lies beside it in the user's is never evicted.
+        self._cache_root = Path(cache_directory) / CACHE_NAME
         name = hashlib.sha256(f"{self.location}\n{namespace}".encode()).hexdigest()[:20]
         self._cache = self._cache_root / name
         with storage_errors(self._cache):

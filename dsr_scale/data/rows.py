@@ -118,6 +118,12 @@ def parse_captions(value: Any, source: str, where: str) -> list[Caption]:
     )
 
 
+def parse_caption_lines(text: bytes) -> tuple[Caption, ...]:
+    """One caption for each line that is not blank. Raises `UnicodeDecodeError` if not UTF-8."""
+    lines = (line.strip() for line in text.decode("utf-8").splitlines())
+    return tuple(Caption(line, "text") for line in lines if line)
+
+
 _NOT_JSON = object()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.data.rows import parse_caption_lines
 from dsr_scale.data.samples import Caption
 from dsr_scale.data.sources import (
     IMAGE_SUFFIXES,
@@ -76,9 +77,13 @@ class FolderSource:
                 yield Dropped(key, "missing image", f"{key}.txt has no image")
                 continue
             image = self._directory / name
-            yield RawSample(
-                key, image.read_bytes(), _captions(image), _metadata(image.with_suffix(".json"))
-            )
+            try:
+                captions = _captions(image)
+            except UnicodeDecodeError as error:
+                yield Dropped(key, "caption is not UTF-8", str(error))
+                continue
+            metadata = _metadata(image.with_suffix(".json"))
+            yield RawSample(key, image.read_bytes(), captions, metadata)
 
     def missing_images(self) -> list[str]:
         """Caption files without an image."""
@@ -91,10 +96,7 @@ class FolderSource:
 
 def _captions(image: Path) -> tuple[Caption, ...]:
     path = image.with_suffix(".txt")
-    if not path.is_file():
-        return ()
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return tuple(Caption(line, "text") for line in lines if line)
+    return parse_caption_lines(path.read_bytes()) if path.is_file() else ()
 
 
 def _metadata(path: Path) -> dict[str, object]:

@@ -31,11 +31,15 @@ class TarSource:
                     present = ", ".join(entry.suffixes)
                     yield Dropped(entry.key, "missing image", f"has only {present}")
                     continue
-                captions, metadata = captions_and_metadata(
-                    _read(file, entry.text),
-                    _read(file, entry.metadata),
-                    f"{entry.key} in {path.name}",
-                )
+                try:
+                    captions, metadata = captions_and_metadata(
+                        _read(file, entry.text),
+                        _read(file, entry.metadata),
+                        f"{entry.key} in {path.name}",
+                    )
+                except UnicodeDecodeError as error:
+                    yield Dropped(entry.key, "caption is not UTF-8", str(error))
+                    continue
                 yield RawSample(entry.key, _read(file, entry.image) or b"", captions, metadata)
 
     def missing_images(self) -> list[str]:

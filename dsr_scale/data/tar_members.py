@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.data.rows import parse_captions
+from dsr_scale.data.rows import parse_caption_lines, parse_captions
 from dsr_scale.data.samples import Caption
 from dsr_scale.data.source_folders import parse_metadata
 from dsr_scale.data.sources import IMAGE_SUFFIXES
@@ -64,11 +64,13 @@ def split_name(name: str) -> tuple[str, str]:
 def captions_and_metadata(
     text: bytes | None, metadata: bytes | None, where: str
 ) -> tuple[tuple[Caption, ...], dict[str, Any]]:
-    """Captions from the text member, one for each line, or else from the metadata's `caption`."""
+    """Captions from the text member, one for each line, or else from the metadata's `caption`.
+
+    Raises `UnicodeDecodeError` for text that is not UTF-8.
+    """
     content = {} if metadata is None else parse_metadata(metadata, where)
     if text is not None:
-        lines = text.decode("utf-8", errors="replace").splitlines()
-        return tuple(c for line in lines for c in parse_captions(line, "text", where)), content
+        return parse_caption_lines(text), content
     return tuple(parse_captions(content.get("caption"), "caption", where)), content
 
 

@@ -43,8 +43,8 @@ class TarStore:
             self._index_directory = Path(location) / ".tar_index"
         else:
             name = hashlib.sha256(location.encode()).hexdigest()[:20]
-            # Beside the file cache's own directory, out of reach of its size limit.
-            self._index_directory = Path(config.cache_directory + "-tar-index") / name
+            # Beside the file cache, out of reach of its size limit.
+            self._index_directory = Path(config.cache_directory) / "dsr_scale_tar_index" / name
         ensure_indexes(self._files, names, self._index_directory)
         indexes = [load_index(self._index_directory, name) for name in names]
         counts = np.array([len(index.keys) for index in indexes], dtype=np.int64)
@@ -89,9 +89,11 @@ class TarStore:
         index = self._index(number)
         key = str(index.keys[within])
         image, text, metadata = self._members(number, index.spans[within].tolist())
-        captions, content = captions_and_metadata(
-            text, metadata, f"{key} in {self._files.url(self._names[number])}"
-        )
+        where = f"{key} in {self._files.url(self._names[number])}"
+        try:
+            captions, content = captions_and_metadata(text, metadata, where)
+        except UnicodeDecodeError:  # without a caption, the loader names and replaces the sample
+            captions, content = (), {}
         height, width = index.sizes[within].tolist()
         return Sample(image or b"", captions, width, height, key, content)
 

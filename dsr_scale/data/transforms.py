@@ -12,7 +12,7 @@ import io
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsr_scale.base import random_keys
 
@@ -145,6 +145,8 @@ def cover_and_crop(
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
+        return "not an image of a known format"
     return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 

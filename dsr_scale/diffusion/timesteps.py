@@ -66,11 +66,16 @@ def draw_noise(
     epochs: Sequence[int],
     sample_ids: Sequence[int],
     device: torch.device | str,
+    *,
+    purpose: str = "noise",
 ) -> Tensor:
-    """Standard normal noise [B,C,H,W] float32 for `shape` (C,H,W), each sample from its own key."""
+    """Standard normal noise [B,C,H,W] float32 for `shape` (C,H,W), each sample from its own key.
+
+    Sampling names another `purpose`, so that it never starts from noise seen in training.
+    """
     noise = torch.empty(len(sample_ids), *shape, device=device)
     generator = torch.Generator(device)
     for row, epoch, sample in zip(noise, epochs, sample_ids, strict=True):
-        generator.manual_seed(random_keys.key(seed, "noise", epoch, sample))
+        generator.manual_seed(random_keys.key(seed, purpose, epoch, sample))
         row.normal_(generator=generator)
     return noise

@@ -45,12 +45,9 @@ def nearest_match(
     """Compares uint8 `samples` [N,3,H,W] for `prompts` with training `images` [M,3,H,W] and their captions."""
     distances = torch.cdist(samples.flatten(1).float(), images.flatten(1).float())
     nearest = distances.argmin(dim=1).tolist()
-    matches = sum(
-        captions[j] == prompt for j, prompt in zip(nearest, prompts, strict=True)
-    )
+    matches = sum(captions[j] == prompt for j, prompt in zip(nearest, prompts, strict=True))
     expected = [
-        sum(caption == prompt for caption in captions) / len(captions)
-        for prompt in prompts
+        sum(caption == prompt for caption in captions) / len(captions) for prompt in prompts
     ]
     return NearestMatch(
         prompts=len(prompts),

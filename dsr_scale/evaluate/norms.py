@@ -26,9 +26,7 @@ def block_norms(
     latents = image_encoder.encode(images.to(pipeline.device)).float()
     channels, height, width = latents.shape[1:]
     count = len(images)
-    noise = draw_noise(
-        (channels, height, width), seed, [0] * count, range(count), pipeline.device
-    )
+    noise = draw_noise((channels, height, width), seed, [0] * count, range(count), pipeline.device)
     timesteps = torch.full((count,), timestep, device=pipeline.device)
     probe = NormProbe()
     pipeline.model(

@@ -103,12 +103,9 @@ def export_run(
     model = build_on_meta(shape).to_empty(device="cpu")
     load_checkpoint_weights(checkpoint, model, weights)
     content = {
-        name: tensor.contiguous()
-        for name, tensor in model.to(DTYPES[dtype]).state_dict().items()
+        name: tensor.contiguous() for name, tensor in model.to(DTYPES[dtype]).state_dict().items()
     }
-    atomic_files.write_bytes(
-        out / WEIGHTS_FILE, save(content, metadata={"format": "pt"})
-    )
+    atomic_files.write_bytes(out / WEIGHTS_FILE, save(content, metadata={"format": "pt"}))
     atomic_files.write_json(out / DESCRIPTION_FILE, description.model_dump(mode="json"))
     return description
 
@@ -156,9 +153,7 @@ def read_description(bundle: Path) -> BundleDescription:
         ) from error
 
 
-def read_model(
-    bundle: Path, description: BundleDescription, device: torch.device
-) -> nn.Module:
+def read_model(bundle: Path, description: BundleDescription, device: torch.device) -> nn.Module:
     """The network of a bundle in evaluation mode. Raises InputError for weights that do not fit."""
     from safetensors.torch import load_file
 
@@ -169,11 +164,7 @@ def read_model(
             required="a complete bundle",
             remedy="export the run again",
         )
-    model = (
-        build_on_meta(description.shape)
-        .to_empty(device="cpu")
-        .to(DTYPES[description.dtype])
-    )
+    model = build_on_meta(description.shape).to_empty(device="cpu").to(DTYPES[description.dtype])
     problems = model.load_state_dict(load_file(path), strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise InputError(

@@ -20,6 +20,7 @@ from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.diffusion.guidance import (
     Velocity,
     branches_in_one_batch,
+    branches_of_two,
     guided_velocity,
     network_velocity,
 )
@@ -79,12 +80,22 @@ class Pipeline:
         seed: int,
         sampling: SamplingConfig,
         first_index: int = 0,
-        grid: tuple[int, int] | None = None,
+        weaker: Pipeline | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Sampled latents [N,C,H,W] in fp32; image i draws the noise of index `first_index` + i."""
+        """Sampled latents [N,C,H,W] in fp32; image i draws the noise of index `first_index` + i.
+
+        Guidance pushes away from the unconditional branch, or, with `weaker`, from that network's
+        prediction for the same prompts (autoguidance).
+        """
         condition = self.condition(prompts)
-        height, width = grid or self.shape.grid
+        conditional = self.velocity(condition)
+        if weaker is None:
+            both = self.velocity(concatenate(condition, condition.as_null()))
+            branches = branches_in_one_batch(both)
+        else:
+            branches = branches_of_two(conditional, weaker.velocity(weaker.condition(prompts)))
+        height, width = self.shape.grid
         indices = range(first_index, first_index + len(prompts))
         noise = draw_noise(
             (self.shape.channels, height, width),
@@ -92,11 +103,9 @@ class Pipeline:
             [0] * len(prompts),
             indices,
             self.device,
+            purpose="sample",
         )
-        both = self.velocity(concatenate(condition, condition.as_null()))
-        velocity = guided_velocity(
-            self.velocity(condition), branches_in_one_batch(both), sampling
-        )
+        velocity = guided_velocity(conditional, branches, sampling)
         return solve(velocity, noise, sampling, self.timestep_shift, on_step=on_step)
 
     @torch.inference_mode()
@@ -107,6 +116,7 @@ class Pipeline:
         seed: int,
         sampling: SamplingConfig,
         batch: int = 16,
+        weaker: Pipeline | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Images uint8 [N,3,H,W] for N prompts, `batch` at a time; its size changes no image's noise."""
@@ -114,7 +124,12 @@ class Pipeline:
         for start in range(0, len(prompts), batch):
             chunk = prompts[start : start + batch]
             latents = self.latents(
-                chunk, seed=seed, sampling=sampling, first_index=start, on_step=on_step
+                chunk,
+                seed=seed,
+                sampling=sampling,
+                first_index=start,
+                weaker=weaker,
+                on_step=on_step,
             )
             images.append(self.decoder.decode(latents).cpu())
         return torch.cat(images)
@@ -127,12 +142,10 @@ def load(bundle: str | Path, *, device: str = "auto") -> Pipeline:
     )
     path = Path(bundle)
     description = read_description(path)
-    return assemble(description, read_model(path, description, chosen), chosen)
+    return _assemble(description, read_model(path, description, chosen), chosen)
 
 
-def assemble(
-    description: BundleDescription, model: nn.Module, device: torch.device
-) -> Pipeline:
+def _assemble(description: BundleDescription, model: nn.Module, device: torch.device) -> Pipeline:
     """A pipeline around a loaded network: builds its text encoder and decoder."""
     return build_pipeline(
         model,
@@ -172,6 +185,4 @@ def build_pipeline(
     if text_encoder is None and shape.text_kind != "none":
         text_encoder = build_text_encoder(encoders.text, device=device)
     assert shape.grid == latent_grid(encoders, resolution, resolution, resolution)
-    return Pipeline(
-        model, shape, diffusion, timestep_shift, text_encoder, decoder, device
-    )
+    return Pipeline(model, shape, diffusion, timestep_shift, text_encoder, decoder, device)

@@ -68,9 +68,7 @@ def place_from_environment(environment: Mapping[str, str]) -> Place:
         return _torchrun_place(environment)
     # Only srun sets the step variables; a batch script itself has SLURM_PROCID=0 as well.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        host = environment.get("MASTER_ADDR") or _first_host(
-            environment["SLURM_STEP_NODELIST"]
-        )
+        host = environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"])
         port = environment.get("MASTER_PORT") or slurm_port(environment["SLURM_JOB_ID"])
         return Place(
             rank=int(environment["SLURM_PROCID"]),
@@ -106,9 +104,7 @@ def _torchrun_place(environment: Mapping[str, str]) -> Place:
 
 def _first_host(nodelist: str) -> str:
     command = ["scontrol", "show", "hostnames", nodelist]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True
-    ).stdout.split()[0]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
 
 
 def choose_device(choice: str, local_rank: int) -> torch.device:
@@ -140,9 +136,7 @@ def start(device_choice: str) -> Ranks:
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         if place.rendezvous is None:
             store = dist.HashStore()
-            dist.init_process_group(
-                backend, store=store, rank=0, world_size=1, timeout=timeout
-            )
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(
                 backend,

@@ -20,6 +20,9 @@ from dsr_scale.parallel import ema
 from dsr_scale.parallel.groups import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default: gradients are reduced in groups of up to this many elements."""
+
 KINDS = ("weights", *MOMENTS, ema.EMA)
 """Every fp32 tensor that a parameter owns during training."""
 
@@ -30,9 +33,7 @@ class ZeroEngine:
     def __init__(self, engine: Any, *, ema_decay: float) -> None:
         self._engine = engine
         self._ema_decay = ema_decay
-        self._parameters: dict[str, nn.Parameter] = dict(
-            engine.module.named_parameters()
-        )
+        self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
 
     @property
     def model(self) -> nn.Module:
@@ -52,9 +53,7 @@ class ZeroEngine:
         ema.update(optimizer, ema.decay_at(step, self._ema_decay))
         return float(self._engine.get_global_grad_norm())
 
-    def full_tensors(
-        self, kinds: Iterable[str] = KINDS
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_tensors(self, kinds: Iterable[str] = KINDS) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (`kind.name`, fp32 tensor) for every parameter, then (`buffers.name`, tensor).
 
         A collective: every rank must exhaust it.
@@ -76,11 +75,7 @@ class ZeroEngine:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Name and shape of everything `full_tensors` yields, without gathering."""
-        shapes = {
-            f"{kind}.{n}": p.shape
-            for kind in KINDS
-            for n, p in self._parameters.items()
-        }
+        shapes = {f"{kind}.{n}": p.shape for kind in KINDS for n, p in self._parameters.items()}
         for name in _persistent_buffers(self.model):
             shapes[f"buffers.{name}"] = self.model.get_buffer(name).shape
         return shapes
@@ -116,9 +111,7 @@ class ZeroEngine:
         parameters = dict(model.named_parameters())
         for name, tensor in self.full_tensors((ema.EMA,)):
             kind, _, target = name.partition(".")
-            (parameters[target] if kind == ema.EMA else model.get_buffer(target)).copy_(
-                tensor
-            )
+            (parameters[target] if kind == ema.EMA else model.get_buffer(target)).copy_(tensor)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -162,7 +155,9 @@ def start_zero(
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
         optimizer=optimizer,
-        config=_deepspeed_config(config, accumulation_steps),
+        config=_deepspeed_config(
+            config, accumulation_steps, parameters=sum(p.numel() for p in model.parameters())
+        ),
         dist_init_required=None,
     )
     inner = engine.optimizer.optimizer
@@ -179,14 +174,18 @@ def start_zero(
 
 
 def _deepspeed_config(
-    config: TrainingConfig, accumulation_steps: int
+    config: TrainingConfig, accumulation_steps: int, *, parameters: int
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.microbatch_images,
         "gradient_accumulation_steps": accumulation_steps,
         # `step()` is the boundary, so that a pipeline schedule may run the micro-batches later.
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": 1},
+        # DeepSpeed allocates the bucket in full, so a small model must not get the default one.
+        "zero_optimization": {
+            "stage": 1,
+            "reduce_bucket_size": min(REDUCE_BUCKET_ELEMENTS, parameters),
+        },
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optimizer.gradient_clip or 0.0,
         "steps_per_print": 1_000_000_000,

@@ -48,11 +48,7 @@ class MetricsLog:
         """Records `metrics` after `step` finished steps."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._wandb is not None:
-            numbers = {
-                key: value
-                for key, value in metrics.items()
-                if not isinstance(value, list)
-            }
+            numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
             self._wandb.log(numbers, step=step)
 
     def log_image(self, step: int, name: str, path: Path) -> None:

@@ -37,9 +37,7 @@ def image_grid(
     count = len(captions)
     columns = min(columns, count)
     font = ImageFont.load_default(size=11)
-    name_width = (
-        max((int(font.getlength(name)) for name, _ in rows), default=0) + 2 * _MARGIN
-    )
+    name_width = max((int(font.getlength(name)) for name, _ in rows), default=0) + 2 * _MARGIN
     text_height = 14 * _CAPTION_LINES
     cell_height = len(rows) * (side + _MARGIN) + text_height + _MARGIN
     lines = -(-count // columns)
@@ -65,9 +63,7 @@ def image_grid(
             sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (left, y))
         y = top + len(rows) * (side + _MARGIN)
         wrapped = textwrap.wrap(caption, width=max(8, side // 6))[:_CAPTION_LINES]
-        draw.multiline_text(
-            (left, y), "\n".join(wrapped), fill="black", font=font, spacing=2
-        )
+        draw.multiline_text((left, y), "\n".join(wrapped), fill="black", font=font, spacing=2)
     information = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         information.add_itxt(key, value)
@@ -78,7 +74,11 @@ def image_grid(
 
 def loss_curve(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draws the loss of one or more runs, by name, over images seen."""
-    figure, axes = _figure(1, 1, (7, 4))
+    # The object interface needs no display and leaves no global figure behind.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, records in runs.items():
         points = [(r["samples_seen"], r["loss"]) for r in records if "loss" in r]
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
@@ -100,59 +100,45 @@ def token_norm_picture(
 
     Maps of a column share one colour scale, in units of that block's median norm.
     """
+    from matplotlib.figure import Figure
+
     names = list(models)
     depth = max(len(blocks) for blocks in models.values())
-    figure, axes = _figure(
-        len(names) + 1, depth, (1.5 * depth + 1, 1.7 * len(names) + 3)
-    )
+    figure = Figure(figsize=(1.4 * depth + 1, 1.6 * len(names) + 2.6), layout="constrained")
+    cells = figure.add_gridspec(len(names) + 1, depth, height_ratios=[1.0] * len(names) + [1.4])
     for column in range(depth):
         maps = {
-            name: models[name][column].image_norms[0]
-            / models[name][column].image_norms[0].median()
+            name: models[name][column].image_norms[0] / models[name][column].image_norms[0].median()
             for name in names
         }
         top = max(float(values.max()) for values in maps.values())
         for row, name in enumerate(names):
-            cell = axes[row][column]
+            cell = figure.add_subplot(cells[row, column])
             cell.imshow(maps[name].reshape(grid), vmin=0, vmax=top, cmap="magma")
             cell.set_xticks([])
             cell.set_yticks([])
-            cell.set_title(
-                f"{models[name][column].block}\nmax {maps[name].max():.1f}", fontsize=7
-            )
+            cell.set_title(f"{models[name][column].block}, max {maps[name].max():.1f}", fontsize=7)
             if column == 0:
                 cell.set_ylabel(name, fontsize=8)
-    for cell in axes[-1]:
-        cell.remove()
-    curve = figure.add_subplot(len(names) + 1, 1, len(names) + 1)
+    curve = figure.add_subplot(cells[-1, :])
     for name in names:
-        line = curve.plot(
-            [b.max_over_median for b in models[name]], marker="o", label=name
-        )
+        (line,) = curve.plot([b.max_over_median for b in models[name]], marker="o", label=name)
         registers = [b.register_over_median for b in models[name]]
         if any(value is not None for value in registers):
             curve.plot(
                 [float("nan") if value is None else value for value in registers],
                 linestyle=":",
                 marker="s",
-                color=line[0].get_color(),
+                color=line.get_color(),
                 label=f"{name}: largest register",
             )
     curve.set_xlabel("block")
-    curve.set_ylabel("norm / median", fontsize=8)
+    curve.set_ylabel("largest norm / median", fontsize=8)
     curve.set_xticks(range(depth))
     curve.legend(fontsize=7)
     curve.grid(alpha=0.3)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
-    # The object interface needs no display and leaves no global figure behind.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -42,9 +42,7 @@ class BlockNorms:
     @property
     def max_over_median(self) -> float:
         """Largest over median image-token norm, averaged over images."""
-        return float(
-            (self.image_norms.amax(1) / self.image_norms.median(1).values).mean()
-        )
+        return float((self.image_norms.amax(1) / self.image_norms.median(1).values).mean())
 
     @property
     def outlier_ratio(self) -> float:
@@ -56,9 +54,7 @@ class BlockNorms:
         """Largest register norm over the median image-token norm; None without registers."""
         if self.register_norms.shape[1] == 0:
             return None
-        return float(
-            (self.register_norms.amax(1) / self.image_norms.median(1).values).mean()
-        )
+        return float((self.register_norms.amax(1) / self.image_norms.median(1).values).mean())
 
 
 def outliers(norms: torch.Tensor) -> torch.Tensor:

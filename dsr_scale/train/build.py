@@ -114,9 +114,7 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
         ranks=ranks,
         accumulation_steps=batches.accumulation_steps,
     )
-    return Training(
-        run, ranks, shape, shift, batches, samples, stream, objective, engine
-    )
+    return Training(run, ranks, shape, shift, batches, samples, stream, objective, engine)
 
 
 def empty_network(shape: ModelShape, device: torch.device) -> torch.nn.Module:

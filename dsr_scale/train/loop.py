@@ -135,9 +135,7 @@ class _Loop:
                 self.log.close()
         return Finished(self.state, stopped_by)
 
-    def _step(
-        self, micro_batches: list[Batch], interval: _Interval, request: StopRequest
-    ) -> bool:
+    def _step(self, micro_batches: list[Batch], interval: _Interval, request: StopRequest) -> bool:
         """One optimizer step. Returns whether any rank was asked to stop."""
         training, step = self.training, self.state.step
         loss = 0.0
@@ -183,9 +181,7 @@ class _Loop:
                 {
                     "loss": loss,
                     "gradient_norm": self.gradient_norm,
-                    "learning_rate": learning_rate(
-                        self.training.run.training, self.state.step - 1
-                    ),
+                    "learning_rate": learning_rate(self.training.run.training, self.state.step - 1),
                     "images_per_s": images_per_s,
                     "samples_seen": self.state.samples_seen,
                     "epoch": self.state.samples_seen / len(self.training.samples),

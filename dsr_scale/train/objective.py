@@ -47,9 +47,7 @@ class FlowMatching:
         """Noised latents, noise and timesteps of a batch: functions of seed, epoch and sample alone."""
         epochs, sample_ids = batch.epochs.tolist(), batch.sample_ids.tolist()
         channels, height, width = latents.shape[1:]
-        noise = draw_noise(
-            (channels, height, width), self.seed, epochs, sample_ids, self.device
-        )
+        noise = draw_noise((channels, height, width), self.seed, epochs, sample_ids, self.device)
         timesteps = draw_sample_timesteps(
             self.config.timesteps,
             self.timestep_shift,

@@ -68,9 +68,7 @@ def check_resumable(saved: RunState, current: RunState) -> None:
             f"{current.data_fingerprint[:16]}… ({current.data_samples} samples)"
         )
     if saved.model_shape != current.model_shape:
-        changed = [
-            k for k, v in current.model_shape.items() if saved.model_shape.get(k) != v
-        ]
+        changed = [k for k, v in current.model_shape.items() if saved.model_shape.get(k) != v]
         problems.append("another network: " + ", ".join(sorted(changed)))
     for path in ("seed", "training.global_batch_images", "encoders", "diffusion"):
         before, now = _at(saved.config, path), _at(current.config, path)
@@ -78,8 +76,7 @@ def check_resumable(saved: RunState, current: RunState) -> None:
             problems.append(f"{path} was {before}, now {now}")
     if problems:
         raise InputError(
-            found="the run directory holds a checkpoint of another run: "
-            + "; ".join(problems),
+            found="the run directory holds a checkpoint of another run: " + "; ".join(problems),
             required="the data, network, seed and global batch the run was started with",
             remedy="restore those settings, or set another run directory: directory=…",
         )

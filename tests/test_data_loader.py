@@ -1,0 +1,392 @@
+"""Batches: the same for any number of workers, ranks and restarts; corrupt slots refilled alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_fixtures import encoded, row, write_list
+
+from dsr_scale.base.errors import InputError
+from dsr_scale.config.data import DataConfig
+from dsr_scale.data.captions import choose_caption, drop_condition
+from dsr_scale.data.corruption import check_rate
+from dsr_scale.data.loader import Batch, BatchStream, open_samples
+from dsr_scale.data.order import SampleOrder
+from dsr_scale.data.pack import pack
+from dsr_scale.data.pack_unit import PackOptions
+from dsr_scale.data.samples import Caption, Sample
+from dsr_scale.data.shards import ShardStore
+from dsr_scale.data.sources import SourceOptions
+from dsr_scale.data.transforms import cover_and_crop, decode_rgb
+
+COUNT = 30
+GLOBAL = 12
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("packed")
+    source = write_list(directory / "source", COUNT)
+    options = PackOptions(source=SourceOptions(unit_samples=7), shard_mib=0.005)
+    pack(str(source), directory / "out", options)
+    return directory / "out"
+
+
+def make_config(packed: Path, **changes: object) -> DataConfig:
+    settings = {
+        "shards": str(packed),
+        "resolution": 16,
+        "workers": 0,
+        "crop": "random",
+        "shuffle_block_samples": 9,
+        "condition_dropout": 0.3,
+    }
+    return DataConfig.model_validate(settings | changes)
+
+
+def run_steps(
+    config: DataConfig, first: int, count: int, ranks: int = 1, micro: int = 3, **options: object
+) -> list[list[Batch]]:
+    """Per step, the micro-batches of all ranks in order."""
+    steps: list[list[Batch]] = [[] for _ in range(count)]
+    samples = open_samples(config)
+    for rank in range(ranks):
+        stream = BatchStream(
+            samples,
+            config,
+            seed=5,
+            global_batch_images=GLOBAL,
+            microbatch_images=micro,
+            rank=rank,
+            world_size=ranks,
+            **options,  # type: ignore[arg-type]
+        )
+        iterator = stream.steps(first)
+        for step in steps:
+            step += next(iterator)
+        stream.close()
+    return steps
+
+
+def rows(batches: list[Batch]) -> list[tuple[object, ...]]:
+    """Everything a step trains on, sample by sample."""
+    return [
+        (
+            batch.images[i].numpy().tobytes(),
+            batch.captions[i],
+            bool(batch.null[i]),
+            int(batch.epochs[i]),
+            int(batch.sample_ids[i]),
+            batch.keys[i],
+        )
+        for batch in batches
+        for i in range(len(batch.keys))
+    ]
+
+
+def test_batches_equal_a_plain_loop(packed: Path) -> None:
+    config = make_config(packed)
+    store = ShardStore(config)
+    order = SampleOrder(store.shard_sizes, seed=5, block_samples=9)
+    epochs, ids = order.take(0, 4 * GLOBAL)
+    expected = []
+    for epoch, sample_id in zip(epochs.tolist(), ids.tolist(), strict=True):
+        identity = {"seed": 5, "epoch": epoch, "sample_id": sample_id}
+        image = decode_rgb(encoded(sample_id), config.background)
+        pixels = cover_and_crop(image, (16, 16), crop="random", flip=0.5, **identity)
+        captions = tuple(Caption(**caption) for caption in row(sample_id)["captions"])
+        expected.append(
+            (
+                pixels.tobytes(),
+                choose_caption(captions, "weighted", **identity),
+                drop_condition(0.3, **identity),
+                epoch,
+                sample_id,
+                f"k{sample_id:04d}",
+            )
+        )
+    steps = run_steps(config, 0, 4)
+    assert [each for step in steps for each in rows(step)] == expected
+    assert steps[0][0].images.dtype == torch.uint8
+    assert steps[0][0].images.shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("buckets", [(), ((16, 16), (12, 20))])
+def test_resuming_mid_epoch_on_other_ranks_and_workers_is_exact(
+    packed: Path, buckets: tuple[tuple[int, int], ...]
+) -> None:
+    config = make_config(packed, buckets=buckets)
+    whole = [rows(step) for step in run_steps(config, 0, 7)]
+    assert [rows(step) for step in run_steps(config, 3, 4, ranks=4)] == whole[3:]
+    assert [rows(step) for step in run_steps(config, 3, 4, ranks=2, micro=6)] == whole[3:]
+    parallel = make_config(packed, buckets=buckets, workers=2, prefetch_batches=2)
+    assert [rows(step) for step in run_steps(parallel, 4, 3, ranks=2)] == whole[4:]
+
+
+def test_spawned_workers_give_the_same_batches(packed: Path) -> None:
+    config = make_config(packed, workers=1)
+    spawned = run_steps(config, 2, 1, start_method="spawn")
+    assert rows(spawned[0]) == rows(run_steps(make_config(packed), 2, 1)[0])
+
+
+def test_a_stream_can_be_started_again(packed: Path) -> None:
+    config = make_config(packed, workers=1)
+    stream = BatchStream(
+        open_samples(config),
+        config,
+        seed=5,
+        global_batch_images=GLOBAL,
+        microbatch_images=GLOBAL,
+        rank=0,
+        world_size=1,
+    )
+    first = stream.steps(0)
+    next(first)
+    again = stream.steps(1)
+    assert rows(next(again)) == rows(run_steps(make_config(packed), 1, 1)[0])
+    assert list(first) == []  # the older iterator has ended
+    stream.close()
+
+
+def test_max_samples_takes_the_first_and_changes_the_fingerprint(packed: Path) -> None:
+    few = open_samples(make_config(packed, max_samples=10))
+    assert len(few) == 10 and int(few.shard_sizes.sum()) == 10 and len(few.sizes) == 10
+    assert few.fingerprint != open_samples(make_config(packed)).fingerprint
+    seen = {
+        int(i)
+        for step in run_steps(make_config(packed, max_samples=10), 0, 5)
+        for b in step
+        for i in b.sample_ids
+    }
+    assert seen == set(range(10))
+
+
+def test_labels_come_from_the_metadata(packed: Path) -> None:
+    [step] = run_steps(make_config(packed), 0, 1, need_labels=True)
+    for batch in step:
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [int(i) % 7 for i in batch.sample_ids]
+    for workers in (0, 1):
+        with pytest.raises(InputError, match=r"k\d{4} has class = None"):
+            run_steps(
+                make_config(packed, label_field="class", workers=workers), 0, 1, need_labels=True
+            )
+
+
+def test_uneven_batches_are_refused(packed: Path) -> None:
+    with pytest.raises(InputError, match="divisible"):
+        run_steps(make_config(packed), 0, 1, ranks=5)
+
+
+class Damaged:
+    """Samples of which every third image is broken and one has no caption."""
+
+    def __init__(self, whole: ShardStore, broken: range | list[int]) -> None:
+        self.whole, self.broken = whole, broken
+        self.fingerprint, self.shard_sizes, self.sizes = whole.fingerprint, whole.shard_sizes, None
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def read(self, sample_id: int) -> Sample:
+        sample = self.whole.read(sample_id)
+        if sample_id == 1:
+            return Sample(sample.image, (), sample.width, sample.height, sample.key)
+        if sample_id in self.broken:
+            return Sample(b"broken", sample.captions, 1, 1, sample.key)
+        return sample
+
+
+def damaged_rows(packed: Path, workers: int, ranks: int) -> tuple[list[Any], list[Any]]:
+    config = make_config(packed, workers=workers)
+    seen: list[Any] = []
+    corrupt: list[Any] = []
+    for rank in range(ranks):
+        stream = BatchStream(
+            Damaged(ShardStore(config), range(0, COUNT, 3)),  # type: ignore[arg-type]
+            config,
+            seed=5,
+            global_batch_images=COUNT,
+            microbatch_images=5,
+            rank=rank,
+            world_size=ranks,
+        )
+        for batch in next(stream.steps(0)):
+            seen += rows([batch])
+            corrupt += batch.corrupt
+        stream.close()
+    return seen, corrupt
+
+
+def test_corrupt_images_are_named_and_replaced_alike_everywhere(packed: Path) -> None:
+    seen, corrupt = damaged_rows(packed, workers=0, ranks=1)
+    assert (seen, corrupt) == damaged_rows(packed, workers=2, ranks=1)
+    assert (seen, corrupt) == damaged_rows(packed, workers=0, ranks=2)
+    broken = {*range(0, COUNT, 3), 1}
+    assert {record.sample_id for record in corrupt} == broken
+    assert {record.key for record in corrupt} == {f"k{n:04d}" for n in broken}
+    assert {r.error for r in corrupt if r.sample_id == 1} == {"no caption"}
+    ids = [sample_id for *_, sample_id, _ in seen]
+    assert len(ids) == COUNT and not broken & set(ids)
+    assert {record.replacement_id for record in corrupt} <= set(ids)
+    # A replacement looks as that sample does in its own right: same crop, flip and caption.
+    by_id: dict[object, set[object]] = {}
+    for pixels, caption, *_, sample_id, _ in seen:
+        by_id.setdefault(sample_id, set()).add((pixels, caption))
+    assert all(len(looks) == 1 for looks in by_id.values())
+
+
+def test_only_broken_images_end_with_an_error(packed: Path) -> None:
+    config = make_config(packed)
+    stream = BatchStream(
+        Damaged(ShardStore(config), range(COUNT)),  # type: ignore[arg-type]
+        config,
+        seed=5,
+        global_batch_images=2,
+        microbatch_images=2,
+        rank=0,
+        world_size=1,
+    )
+    with pytest.raises(InputError, match="and so are 16 others"):
+        next(stream.steps(0))
+
+
+def test_corruption_rate() -> None:
+    check_rate(0, 10**6, 0.0, [])
+    check_rate(3, 999, 0.001, ["a"])  # too early to judge
+    check_rate(1, 1000, 0.001, ["a"])
+    with pytest.raises(InputError, match=r"2 of 1000 .*a, b"):
+        check_rate(2, 1000, 0.001, ["a", "b"])
+    with pytest.raises(InputError, match="16 of 64"):
+        check_rate(16, 64, 0.001, ["a"])
+
+
+ITERATING = """
+import sys, time
+from dsr_scale.config.data import DataConfig
+from dsr_scale.data.loader import BatchStream, open_samples
+config = DataConfig(shards=sys.argv[1], resolution=256, workers=2, prefetch_batches=4)
+stream = BatchStream(open_samples(config), config, seed=0, global_batch_images=16,
+                     microbatch_images=8, rank=0, world_size=1)
+steps = stream.steps(0)
+next(steps)
+print("ready", flush=True)
+for line in sys.stdin:
+    print(len(next(steps)), flush=True)
+"""
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prctl")
+def test_workers_ignore_foreign_signals_and_die_with_their_parent(packed: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ITERATING, str(packed)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            for worker in workers:
+                os.kill(worker, name)
+        for _ in range(12):  # more than was ready before the signals
+            process.stdin.write("next\n")
+            assert process.stdout.readline() == "2\n"
+        assert children(process.pid) == workers
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "orphaned workers"
+        time.sleep(0.05)
+    ours = [str(pid) for pid in (process.pid, *workers)]
+    shared = [path.name for path in Path("/dev/shm").iterdir()]
+    assert not [name for name in shared if any(pid in name for pid in ours)]
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_workers_end_when_the_stream_is_closed(packed: Path) -> None:
+    config = make_config(packed, workers=2)
+    stream = BatchStream(
+        open_samples(config),
+        config,
+        seed=0,
+        global_batch_images=4,
+        microbatch_images=2,
+        rank=0,
+        world_size=1,
+    )
+    before = set(children(os.getpid()))
+    steps = stream.steps(0)
+    next(steps)
+    assert len(set(children(os.getpid())) - before) == 2
+    stream.close()
+    assert set(children(os.getpid())) <= before
+
+
+def test_errors_of_a_wrong_directory(packed: Path, tmp_path: Path) -> None:
+    def opened(directory: Path) -> None:
+        ShardStore(DataConfig(shards=str(directory)))
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(packed, tmp_path / name))
+
+    with pytest.raises(InputError, match="is no directory"):
+        opened(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is empty"):
+        opened(tmp_path / "empty")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"data\.format: webdataset"):
+        opened(tmp_path / "tars")
+    other = copy("other schema")
+    index = json.loads((other / "index.json").read_text())
+    index["shards"][0]["column_names"][0] = "text"
+    (other / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"text: json.*\n.*captions: json"):
+        opened(other)
+    count = copy("other count")
+    manifest = json.loads((count / "manifest.json").read_text())
+    (count / "manifest.json").write_text(json.dumps(manifest | {"samples": 31}))
+    with pytest.raises(InputError, match=r"lists 30 samples, manifest\.json 31"):
+        opened(count)
+    (count / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
+    with pytest.raises(InputError, match="has schema 99"):
+        opened(count)
+    cut = copy("cut off")
+    shard = next(cut.glob("part-00001/*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"part-00001/shard\.00000\.mds has \d+ bytes"):
+        opened(cut)
+    shard.unlink()
+    with pytest.raises(InputError, match="is missing"):
+        opened(cut)
+    sizes = copy("other sizes")
+    np.save(sizes / "sizes.npy", np.ones((30, 2), dtype=np.uint16))
+    with pytest.raises(InputError, match="differs from what"):
+        _ = ShardStore(DataConfig(shards=str(sizes))).sizes
+    with pytest.raises(InputError, match="package:emoji"):
+        ShardStore(DataConfig(shards="package:photos"))

@@ -1,0 +1,139 @@
+"""An exported bundle is the trainer's EMA: same weights, same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import checkpoint_tensors, run_training
+
+from dsr_scale.base.errors import InputError
+from dsr_scale.config.diffusion import SamplingConfig
+from dsr_scale.diffusion.solvers import time_grid
+from dsr_scale.diffusion.timesteps import draw_noise
+from dsr_scale.export.bundle import export_run, read_description
+from dsr_scale.export.pipeline import Pipeline, load
+
+PROMPTS = ("skull", "taxi", "old key")
+GRID = (
+    "grid.every_steps=6",
+    "grid.prompts=[skull, taxi, old key]",
+    "grid.sampling={steps: 5, guidance: 2.0}",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that drew a grid of its EMA at the last step, trained on two ranks."""
+    return run_training(tmp_path_factory.mktemp("export"), *GRID, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle")
+    export_run(run, out)
+    return out
+
+
+def images_of_grid(path: Path, count: int, side: int) -> np.ndarray:
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    left = 12
+    return np.stack(
+        [
+            sheet[6 : 6 + side, left + i * (side + 6) : left + i * (side + 6) + side]
+            for i in range(count)
+        ]
+    )
+
+
+def test_weights_are_the_ema(run: Path, bundle: Path) -> None:
+    trained = checkpoint_tensors(run, 6)
+    exported = load_file(bundle / "model.safetensors")
+    for name, tensor in exported.items():
+        source = f"ema.{name}" if f"ema.{name}" in trained else f"buffers.{name}"
+        assert torch.equal(tensor, trained[source]), name
+    assert len(exported) == sum(name.startswith(("ema.", "buffers.")) for name in trained)
+
+
+def test_bundle_draws_the_grid_that_training_drew(run: Path, bundle: Path, tmp_path: Path) -> None:
+    from dsr_scale.telemetry.pictures import image_grid
+
+    pipeline = load(bundle, device="cpu")
+    images = pipeline.sample(PROMPTS, seed=3, sampling=read_description(bundle).sampling)
+    ours = tmp_path / "ours.png"
+    image_grid([("", images)], PROMPTS, ours)
+    drawn = images_of_grid(run / "grids" / "step_00000006.png", 3, 96)
+    again = images_of_grid(ours, 3, 96)
+    # Two processes with other thread counts may round one pixel value differently.
+    assert np.abs(drawn.astype(int) - again.astype(int)).max() <= 1
+    assert drawn.std() > 10
+
+
+def test_raw_weights_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
+    description = export_run(run, tmp_path, step=3, weights="raw", dtype="bf16")
+    trained = checkpoint_tensors(run, 3)
+    exported = load_file(tmp_path / "model.safetensors")
+    for name, tensor in exported.items():
+        if name == "t_embedder.W":
+            assert torch.equal(tensor, trained["buffers.t_embedder.W"])
+        else:
+            assert torch.equal(tensor, trained[f"weights.{name}"].bfloat16()), name
+    assert (description.provenance.step, description.provenance.weights) == (3, "raw")
+
+
+def plain_guided_euler(pipeline: Pipeline, prompt: str, index: int, scale: float) -> torch.Tensor:
+    """The sampler written out: data prediction, guidance, Euler on the shifted grid."""
+    condition = pipeline.condition([prompt])
+    shape = (pipeline.shape.channels, *pipeline.shape.grid)
+    x = draw_noise(shape, 5, [0], [index], "cpu", purpose="sample")
+    times = time_grid(7, pipeline.timestep_shift)
+    with torch.no_grad():
+        for t, after in zip(times[:-1], times[1:], strict=True):
+            at = torch.tensor([t], dtype=torch.float32)
+            data = pipeline.model(x, at, condition)
+            null = pipeline.model(x, at, condition.as_null())
+            guided = null + scale * (data - null)
+            x = x + (after - t) * (x - guided) / max(t, 0.05)
+    return x
+
+
+def test_sampling_equals_a_plain_loop_whatever_the_batch(bundle: Path) -> None:
+    pipeline = load(bundle, device="cpu")
+    sampling = SamplingConfig(solver="euler", steps=7, guidance=3.0)
+    together = pipeline.latents(PROMPTS, seed=5, sampling=sampling)
+    for index, prompt in enumerate(PROMPTS):
+        plain = plain_guided_euler(pipeline, prompt, index, 3.0)
+        torch.testing.assert_close(together[index : index + 1], plain, atol=1e-4, rtol=1e-4)
+
+
+def test_autoguidance_with_itself_is_no_guidance(bundle: Path, run: Path, tmp_path: Path) -> None:
+    pipeline = load(bundle, device="cpu")
+    plain = pipeline.latents(PROMPTS, seed=5, sampling=SamplingConfig(steps=5))
+    guided = SamplingConfig(steps=5, guidance=2.5)
+    itself = pipeline.latents(PROMPTS, seed=5, sampling=guided, weaker=pipeline)
+    torch.testing.assert_close(plain, itself, atol=1e-5, rtol=1e-5)
+    export_run(run, tmp_path, step=3)
+    weaker = pipeline.latents(PROMPTS, seed=5, sampling=guided, weaker=load(tmp_path, device="cpu"))
+    assert (weaker - plain).abs().max() > 1e-3
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no bundle\.json"):
+        load(tmp_path)
+
+
+def test_bundle_of_another_network(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((bundle / "model.safetensors").read_bytes())
+    text = (bundle / "bundle.json").read_text()
+    (tmp_path / "bundle.json").write_text(text.replace('"depth": 4', '"depth": 5'))
+    with pytest.raises(InputError, match=r"missing \['blocks\.4"):
+        load(tmp_path)
+
+
+def test_missing_step_names_those_there_are(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one of the steps 3, 6"):
+        export_run(run, tmp_path, step=4)
