@@ -174,7 +174,7 @@ def test_published_gflops_and_parameters_of_the_head_variant() -> None:
 
 
 def test_registers_cost_their_rows_only() -> None:
-    """36 tokens and nothing else; 36·1152 + 36·2048 with the head (paper.md §1.5)."""
+    """36 tokens and nothing else; 36·1152 + 36·2048 with the head (docs/method.md §2)."""
     for preset, extra in (("DiT-XL", 41_472), ("DiT-DH-XL", 115_200)):
         with_them, without = (total(parameters(published(preset, k))) for k in (36, 0))
         assert with_them.stored - without.stored == extra

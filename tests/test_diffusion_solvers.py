@@ -100,7 +100,7 @@ def test_evaluations_and_progress(solver: str, evaluations: int) -> None:
 
 
 def test_published_grid() -> None:
-    """50 points are 49 steps; at α = √48 the last time before 0 is 0.126 (paper.md §1.8)."""
+    """50 points are 49 steps; at α = √48 the last time before 0 is 0.126 (docs/method.md §3)."""
     grid = time_grid(49, math.sqrt(196608 / 4096))
     assert len(grid) == 50 and grid[0] == 1 and grid[-1] == 0
     assert round(grid[-2], 3) == 0.126

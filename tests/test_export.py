@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def plain_guided_euler(pipeline: Pipeline, prompt: str, index: int, scale: float
     x = draw_noise(shape, 5, [0], [index], "cpu", purpose="sample")
     times = time_grid(7, pipeline.timestep_shift)
     with torch.no_grad():
-        for t, after in zip(times[:-1], times[1:], strict=True):
+        for t, after in itertools.pairwise(times):
             at = torch.tensor([t], dtype=torch.float32)
             data = pipeline.model(x, at, condition)
             null = pipeline.model(x, at, condition.as_null())

@@ -69,7 +69,7 @@ def test_published_parameter_counts(name: str, millions: int) -> None:
 
 
 def test_published_register_parameters() -> None:
-    """41 472 in DiT-XL, 115 200 with the DDT head (paper.md §1.5.1)."""
+    """41 472 in DiT-XL, 115 200 with the DDT head (docs/method.md §2)."""
     for name, extra in (("DiT-XL", 41_472), ("DiT-DH-XL", 115_200)):
         with_registers = published_parameters(preset_shape(name, registers=36))
         assert with_registers - published_parameters(preset_shape(name)) == extra

@@ -1,9 +1,9 @@
 """The whole system on one machine: train, export, sample, and look.
 
 It runs the commands a person would type, prints each before running it, and measures what came
-out. A second network without registers is trained for fewer steps, and compared with the first at
-that same step. `--short` proves in two minutes that everything works and is too short for good
-pictures; with a GPU the run is longer.
+out. A second network without registers is trained alike, so that token norms can be compared.
+`--short` proves in two minutes that everything works and is too short for good pictures; with a GPU
+the run is longer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -27,23 +26,14 @@ COMMAND = Path(sys.executable).with_name("dsr-scale")
 OUT = Path("runs/quickstart")
 
 PROMPTS_COMPARED = 64
-PROMPTS_SHOWN = 16
 NORM_IMAGES = 16
 NORM_TIMESTEP = 0.3
 """Model time at which token norms are compared; 1 is pure noise."""
 
 
-@dataclass(frozen=True)
-class Form:
-    """Which run file, and how long the network without registers trains."""
-
-    config: Path
-    baseline_steps: int
-
-
-SHORT = Form(ROOT / "configs" / "quickstart_short.yaml", baseline_steps=40)
-CPU = Form(ROOT / "configs" / "quickstart.yaml", baseline_steps=100)
-GPU = Form(ROOT / "configs" / "quickstart_gpu.yaml", baseline_steps=10_000)
+SHORT = ROOT / "configs" / "quickstart_short.yaml"
+CPU = ROOT / "configs" / "quickstart.yaml"
+GPU = ROOT / "configs" / "quickstart_gpu.yaml"
 
 console = Console()
 
@@ -57,45 +47,35 @@ def main() -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    form = SHORT if options.short else GPU if devices else CPU
+    config = SHORT if options.short else GPU if devices else CPU
     started_s = time.perf_counter()
-    say(
-        f"quickstart: {form.config.name} on {f'{devices} GPU(s)' if devices else 'CPU'}, into {OUT}"
-    )
+    where = f"{devices} GPU(s)" if devices else "CPU"
+    say(f"quickstart: {config.name} on {where}, into {OUT}")
     shutil.rmtree(OUT, ignore_errors=True)
 
     say("1/5 what the config means, before anything is spent")
-    run(COMMAND, "plan", form.config)
+    run(COMMAND, "plan", config)
     say("2/5 train with diffusion registers")
-    train(form, devices, f"checkpoint.keep_every_steps={form.baseline_steps}")
-    say(f"3/5 train {form.baseline_steps} steps without registers, for comparison at that step")
-    train(
-        form,
-        devices,
-        f"directory={OUT / 'baseline'}",
-        "model.registers.count=0",
-        f"training.steps={form.baseline_steps}",
-        "training.schedule.decay=constant",
-        "grid.every_steps=null",
-    )
+    train(config, devices)
+    say("3/5 train the same without registers, to compare token norms")
+    no_registers = ["model.registers.count=0", f"directory={OUT / 'baseline'}"]
+    train(config, devices, *no_registers, "grid.every_steps=null")
     say("4/5 export the averaged weights to one device, and sample")
-    run(COMMAND, "export", OUT / "registers", OUT / "bundle")
-    prompts = ["--prompt", "teapot", "--prompt", "rocket"]
-    run(COMMAND, "sample", OUT / "bundle", *prompts, "--out", OUT / "two_prompts.png")
     for name in ("registers", "baseline"):
-        step = ["--step", str(form.baseline_steps)]
-        run(COMMAND, "export", OUT / name, OUT / f"{name}_early", *step)
+        run(COMMAND, "export", OUT / name, OUT / f"{name}_bundle")
+    prompts = ["--prompt", "lobster", "--prompt", "taxi"]
+    run(COMMAND, "sample", OUT / "registers_bundle", *prompts, "--out", OUT / "two_prompts.png")
     say("5/5 measure and draw")
-    draw_samples(form)
+    draw_samples(config)
     draw_loss()
-    draw_norms(form)
+    draw_norms(config)
     minutes = (time.perf_counter() - started_s) / 60
+    command = COMMAND.relative_to(Path.cwd()) if COMMAND.is_relative_to(Path.cwd()) else COMMAND
     say(
         f"done in {minutes:.1f} minutes. In {OUT}: samples.png (prompts beside their nearest training "
-        "images), loss.png, token_norms.png, two_prompts.png, bundle/, registers/ (checkpoints, "
-        "metrics.jsonl, grids). Try next: "
-        f"{COMMAND.relative_to(Path.cwd()) if COMMAND.is_relative_to(Path.cwd()) else COMMAND} "
-        f'sample {OUT / "bundle"} --prompt "red heart" and docs/quickstart.md'
+        "images), loss.png, token_norms.png, two_prompts.png, registers_bundle/, registers/ "
+        "(checkpoints, metrics.jsonl, grids). Next: "
+        f'{command} sample {OUT / "registers_bundle"} --prompt "green apple", and docs/quickstart.md'
     )
 
 
@@ -113,16 +93,16 @@ def run(*words: object) -> None:
         sys.exit(status)
 
 
-def train(form: Form, devices: int, *overrides: str) -> None:
+def train(config: Path, devices: int, *overrides: str) -> None:
     """Trains in one process, or in one per GPU under torchrun."""
     launcher: list[object] = [COMMAND]
     if devices > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher = [*torchrun, f"--nproc_per_node={devices}", COMMAND]
-    run(*launcher, "train", form.config, *overrides)
+    run(*launcher, "train", config, *overrides)
 
 
-def draw_samples(form: Form) -> None:
+def draw_samples(config: Path) -> None:
     """Samples training prompts, finds each one's nearest training image, prints how many match."""
     from dsr_scale.evaluate.nearest import nearest_match
     from dsr_scale.evaluate.training_images import training_images
@@ -131,14 +111,15 @@ def draw_samples(form: Form) -> None:
     from dsr_scale.telemetry.pictures import image_grid
     from dsr_scale.telemetry.progress import work_bar
 
-    data = load_run(form.config).data
+    settings = load_run(config)
+    data = settings.data
     assert data.max_samples is not None
     images, captions = training_images(data, data.max_samples)
     prompts = captions[:PROMPTS_COMPARED]
-    sampling = read_description(OUT / "bundle").sampling
+    sampling = read_description(OUT / "registers_bundle").sampling
     with work_bar(console) as bar:
         task = bar.add_task("sampling", total=-(-len(prompts) // 16) * sampling.steps)
-        samples = load(OUT / "bundle").sample(
+        samples = load(OUT / "registers_bundle").sample(
             prompts,
             seed=1,
             sampling=sampling,
@@ -146,7 +127,7 @@ def draw_samples(form: Form) -> None:
         )
     match = nearest_match(samples, prompts, images, captions)
     say(str(match))
-    shown = list(range(min(PROMPTS_SHOWN, len(prompts))))
+    shown = [prompts.index(prompt) for prompt in settings.grid.prompts]
     image_grid(
         [
             ("sample", samples[shown]),
@@ -172,8 +153,8 @@ def draw_loss() -> None:
     )
 
 
-def draw_norms(form: Form) -> None:
-    """Token norms by block of both networks after the same number of steps."""
+def draw_norms(config: Path) -> None:
+    """Token norms by block of both networks."""
     import torch
 
     from dsr_scale.encoders.contract import build_image_encoder
@@ -183,9 +164,9 @@ def draw_norms(form: Form) -> None:
     from dsr_scale.export.pipeline import load
     from dsr_scale.telemetry.pictures import token_norm_picture
 
-    images, captions = training_images(load_run(form.config).data, NORM_IMAGES)
+    images, captions = training_images(load_run(config).data, NORM_IMAGES)
     measured = {}
-    for name, folder in (("registers", "registers_early"), ("no registers", "baseline_early")):
+    for name, folder in (("registers", "registers_bundle"), ("no registers", "baseline_bundle")):
         description = read_description(OUT / folder)
         pipeline = load(OUT / folder)
         encoder = build_image_encoder(
@@ -199,8 +180,9 @@ def draw_norms(form: Form) -> None:
     token_norm_picture(
         measured,
         (rows // patch, columns // patch),
-        f"Image-token norms after each block, both after {form.baseline_steps} steps, model time "
-        f"{NORM_TIMESTEP}; maps: '{captions[0]}', in units of the block's median",
+        f"Norms of image tokens after each block, step {description.provenance.step}, model time "
+        f"{NORM_TIMESTEP}; maps of '{captions[0]}' in units of the block's median; "
+        f"curves: mean of {len(images)} images",
         OUT / "token_norms.png",
     )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ASSUMED_SHARE = 0.5
 """Share of the measured matrix-product ceiling that the prediction of images/s assumes: the lower
-end of what performance.md derives for compiled bf16 blocks at least 1024 wide."""
+end of what a roofline derives for compiled bf16 blocks at least 1024 wide."""
 
 PREDICTED_FROM_WIDTH = 1024
 """Narrower bodies are bound by element-wise work, for which no share is known."""
@@ -170,7 +170,7 @@ def _notes(run: RunConfig, shape: ModelShape) -> list[str]:
     if widest < tokens:
         notes.append(
             f"The model is {widest} wide and its tokens have {tokens} values; a model narrower "
-            "than its tokens trains poorly (RAE, paper.md §2.2). A head at least as wide helps."
+            "than its tokens trains poorly (RAE, docs/method.md §3). A head at least as wide helps."
         )
     return notes
 

@@ -24,7 +24,7 @@ FFN_MULTIPLE = 128
 """Hidden widths are zero-padded to a multiple of this; the padding computes nothing."""
 
 MEASURED_CEILING_TFLOPS = {"H200": 790.0}
-"""bf16 matrix products, TFLOP/s, measured on one GPU (performance.md)."""
+"""bf16 matrix products, TFLOP/s, measured on one GPU (docs/method.md §7)."""
 
 
 class Count(NamedTuple):
@@ -149,7 +149,7 @@ def _text_tokens(shape: ModelShape) -> Count:
 def forward_flops(shape: ModelShape) -> dict[str, int]:
     """FLOPs (2 per multiply-add) of one forward of one image, by part; training costs three times.
 
-    Source: performance.md §1. Matrix products only, with the published hidden width; captions
+    Source: docs/method.md §7. Matrix products only, with the published hidden width; captions
     count at their padded length.
     """
     width, head = shape.width, shape.head
@@ -263,7 +263,7 @@ _ACTIVATIONS: dict[tuple[str, bool], _ActivationCost] = {
     ("fp32", True): _ActivationCost(72.2, 24.0, 16.0, 8.0, 8.0),
 }
 """(precision, compiled) → cost. Eager: measured on this package's block by counting what autograd
-saves. Compiled: derived for perfectly fused element-wise work (performance.md §2), not measured."""
+saves. Compiled: derived for perfectly fused element-wise work (docs/method.md §7), not measured."""
 
 
 def memory_per_gpu(run: RunConfig, shape: ModelShape, *, data_parallel: int) -> Memory:

@@ -43,7 +43,7 @@ KNOWN_VITS: dict[str, VitGeometry] = {
     "google/siglip2-so400m-patch16-256": VitGeometry(1152, 16, 256),
     "facebook/vit-mae-base": VitGeometry(768, 16, 256),
 }
-"""Published encoders at the input size that gives 16×16 tokens (paper.md §1.4.1)."""
+"""Published encoders at the input size that gives 16×16 tokens (docs/method.md §4)."""
 
 BYTE_VOCABULARY = 257
 """256 byte values and one padding id."""
@@ -134,7 +134,7 @@ def latent_grid(
 
 
 def register_start(model: ModelConfig) -> int:
-    """First block that sees the registers: the config's, or ceil(2·depth/7) (paper.md §1.5.2)."""
+    """First block that sees the registers: the config's, or ceil(2·depth/7) (docs/method.md §2)."""
     if model.registers.start is not None:
         return model.registers.start
     return math.ceil(2 * model.depth / 7)

@@ -21,7 +21,7 @@ class TimestepsConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """x_t = (1−t)·x + t·ε, velocity ε − x, loss always in velocity space (paper.md §1.8)."""
+    """x_t = (1−t)·x + t·ε, velocity ε − x, loss always in velocity space (docs/method.md §3)."""
 
     prediction: Literal["data", "velocity", "noise"] = "data"
     """What the network puts out."""

@@ -51,7 +51,7 @@ class InContextConditioning(Section):
 
 class QueryAdaLNConditioning(Section):
     """The published text-to-image setting: one learned query per image token reads the caption and
-    modulates that token (paper.md §3.1); registers see the mean (paper.md §9, row 14)."""
+    modulates that token (Scale-RAE, docs/method.md §2); registers see the mean (docs/method.md §6)."""
 
     kind: Literal["query_adaln"] = "query_adaln"
     connector_depth: int = Field(default=2, gt=0)

@@ -1,7 +1,7 @@
 """The training loss: mean squared error of the velocity, optionally weighted.
 
 Two weightings exist: min-SNR over timesteps, and the paper's loss masking over tokens, whose
-negative result (paper.md §1.3) shows that outliers are not just a few extreme tokens.
+negative result (docs/method.md §3) shows that outliers are not just a few extreme tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
 
 
 def token_mask_weight(x: Tensor, threshold: float) -> Tensor:
-    """Weights [B,1,H,W] that leave tokens of norm ≥ `threshold` out: m/(mean m + ε) (paper.md §1.3).
+    """Weights [B,1,H,W] that leave tokens of norm ≥ `threshold` out: m/(mean m + ε) (docs/method.md §3).
 
     The norm is over the channels of the latents x [B,C,H,W]; the mean is over the local batch, as
     published.

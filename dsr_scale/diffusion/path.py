@@ -1,4 +1,4 @@
-"""The straight path x_t = (1−t)·x + t·ε and what a network may predict on it (paper.md §1.8).
+"""The straight path x_t = (1−t)·x + t·ε and what a network may predict on it (docs/method.md §3).
 
 Whatever the network puts out, loss and solvers work with the velocity v = ε − x, so that data,
 noise and velocity prediction share one objective and one sampler.

@@ -1,7 +1,7 @@
 """From noise to latents along the learned velocity, on the shifted time grid.
 
 `steps` intervals divide [1,0] evenly before the shift. The paper's "50" counts the grid's points,
-that is 49 of our steps (paper.md §1.8). Euler is the published sampler; Heun is of second order at
+that is 49 of our steps (docs/method.md §3). Euler is the published sampler; Heun is of second order at
 two evaluations per step; DPM-Solver++ (diffusers) is of second order at one.
 """
 

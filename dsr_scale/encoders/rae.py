@@ -1,4 +1,4 @@
-"""Pixels from ViT latents: the decoder of a representation autoencoder (paper.md §2.1).
+"""Pixels from ViT latents: the decoder of a representation autoencoder (docs/method.md §4).
 
 diffusers' `AutoencoderRAE` carries latent statistics of its own, whitens with another epsilon and
 may scale. None of that is used: our whitening is undone with our statistics, and the decoder gets

@@ -2,7 +2,7 @@
 
 uint8 → [0, 1] → bicubic resize to the encoder's input size (no antialiasing, as published) →
 (x − mean)/std of the checkpoint's processor → ViT → last layer norm without its weight and bias →
-patch tokens as [B,C,h,w] → whitened (paper.md §1.4.1). The norm's weight and bias are removed from
+patch tokens as [B,C,h,w] → whitened (docs/method.md §4). The norm's weight and bias are removed from
 the loaded network, so that its own output is what we read, whatever its family calls its layers.
 """
 

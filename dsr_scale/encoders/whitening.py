@@ -1,6 +1,6 @@
 """Whitening of latents by mean and variance per channel and position, and its inverse.
 
-`(z − μ) / √(σ² + 1e-5)` with μ, σ² [C,h,w] of the square training image (paper.md §1.4.1). For an
+`(z − μ) / √(σ² + 1e-5)` with μ, σ² [C,h,w] of the square training image (docs/method.md §4). For an
 image of another shape the statistics are resized bilinearly to its grid, as the encoder's position
 embedding is resized; the inverse does the same, so it undoes exactly what was applied.
 """

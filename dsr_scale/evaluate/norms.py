@@ -1,4 +1,4 @@
-"""Token norms of a trained network on noised training images, block by block (paper.md §1.1)."""
+"""Token norms of a trained network on noised training images, block by block (docs/method.md §5)."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class PooledTextEmbedder(nn.Module):
 
 
 class QueryEmbedder(nn.Module):
-    """One learned query per image token reads the text: y_i [B,T,D] (paper.md §3.1).
+    """One learned query per image token reads the text: y_i [B,T,D] (Scale-RAE, docs/method.md §2).
 
     Queries exist for the training grid and are interpolated bicubically to any other. A null sample
     has one learned embedding for all its tokens.

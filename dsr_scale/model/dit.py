@@ -1,4 +1,4 @@
-"""RAE-DiT and RAE-DiT^DH with diffusion registers (paper.md §1.5, architecture.md).
+"""RAE-DiT and RAE-DiT^DH with diffusion registers (docs/method.md §2).
 
 The forward is a chain of small methods, each of which needs only the modules it names. A pipeline
 stage is the same chain with parts left out, at whose borders `tokens` and the tensors of `Signal`
@@ -143,7 +143,7 @@ class DiT(nn.Module):
         t_emb = self.t_embedder(timesteps)[:, None]
         vector, text, text_mask = self.y_embedder(condition, layout.grid)
         if vector.shape[1] > 1 and layout.registers:
-            # Per-token conditions have no row for a register: it sees the mean (paper.md §9, row 14).
+            # Per-token conditions have no row for a register: it sees the mean (docs/method.md §6).
             mean = vector.mean(dim=1, keepdim=True).expand(-1, layout.registers, -1)
             vector = torch.cat([mean, vector], dim=1)
         c = t_emb + vector

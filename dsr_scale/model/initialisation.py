@@ -3,7 +3,7 @@
 A value therefore depends on nothing but the seed, the name and the published (unpadded) shape: not
 on the order of construction, the number of registers, or which other parameters a process holds.
 RAE-DiT draws Xavier-uniform linears with zero bias, RAE-DiT^DH torch's default; embeddings,
-AdaLN, output and registers are the same in both (architecture.md). What was never published
+AdaLN, output and registers are the same in both (docs/method.md §2). What was never published
 (text parts) follows the rule of its variant; cross-attention starts as the identity.
 """
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from dsr_scale.base.errors import InputError
 
 COLLECTIVE_TIMEOUT_S = 1800
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class Ranks:
         dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
 
-    def barrier(self) -> None:
-        """Waits for every rank, on the host."""
-        dist.barrier(group=self.host_group)
+    def gather_on_host(self, items: list[T]) -> list[T]:
+        """Every rank's items, in rank order, on every rank; for small things that happen rarely."""
+        gathered: list[list[T]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, items, group=self.host_group)
+        return [item for rank_items in gathered for item in rank_items]
 
 
 def place_from_environment(environment: Mapping[str, str]) -> Place:

@@ -1,4 +1,4 @@
-"""Norms of tokens by block: where outliers live, measured scale-free (paper.md §7.1).
+"""Norms of tokens by block: where outliers live, measured scale-free (docs/method.md §5).
 
 For each image n_i is the L2 norm of image token i of a block's output. A token is an outlier when
 n_i > med + 6·1.4826·MAD and n_i > 2·med over that image's tokens; the threshold of the paper's

@@ -18,7 +18,7 @@ from rich.console import Console
 from dsr_scale.base import atomic_files
 from dsr_scale.config.load import dump_run
 from dsr_scale.config.run import RunConfig
-from dsr_scale.data.corruption import check_rate
+from dsr_scale.data.corruption import CorruptImage, check_rate
 from dsr_scale.data.loader import Batch
 from dsr_scale.parallel import groups
 from dsr_scale.telemetry.metrics import MetricsLog
@@ -146,12 +146,11 @@ class _Loop:
         rate = learning_rate(training.run.training, step)
         self.gradient_norm = training.engine.step(step=step, learning_rate=rate)
         corrupt = [record for batch in micro_batches for record in batch.corrupt]
-        for record in corrupt:
-            self.corrupt_keys.append(record.key)
-            self.console.print(f"[yellow]unreadable image: {record}[/yellow]")
         loss_sum, corrupt_sum, stops = training.ranks.sum_on_host(
             [loss, float(len(corrupt)), float(request.signal_name is not None)]
         )
+        if corrupt_sum:
+            self._name_corrupt(corrupt)
         self.state = replace(
             self.state,
             step=step + 1,
@@ -169,6 +168,17 @@ class _Loop:
         if self.on_step is not None:
             self.on_step(self.state.step, micro_batches)
         return stops > 0
+
+    def _name_corrupt(self, corrupt: list[CorruptImage]) -> None:
+        """Prints what any rank could not use; all ranks call this when one of them has some."""
+        for record in self.training.ranks.gather_on_host(corrupt):
+            self.corrupt_keys.append(record.key)
+            self.console.print(
+                f"unusable image {record.key}: {record.error}; sample {record.replacement_id} "
+                f"takes the place of {record.sample_id}",
+                style="yellow",
+                markup=False,
+            )
 
     def _write_metrics(self, interval: _Interval) -> dict[str, str]:
         """Logs the interval's means; returns what the bar shows."""

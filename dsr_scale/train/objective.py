@@ -21,7 +21,7 @@ from dsr_scale.model.conditioning import Condition
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The objective of DSR and RAE (paper.md §1.8)."""
+    """The objective of DSR and RAE (docs/method.md §3)."""
 
     config: DiffusionConfig
     timestep_shift: float
