@@ -47,6 +47,21 @@ def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path: Path) -> None:
         atomic_files.require_writable_directory(tmp_path / "out")
 
 
+def test_a_file_among_the_parents_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is in the way of"):
+        atomic_files.write_json(tmp_path / "file" / "deeper" / "state.json", {})
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        atomic_files.write_bytes(tmp_path / "a", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
 def test_refused_writes_name_the_path() -> None:
     with (
         pytest.raises(InputError, match="no permission to write /x"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_round_trip(tmp_path: Path, group: dist.ProcessGroup) -> None:
     loaded: dict[str, torch.Tensor] = {}
     tensors.load(target, SHAPES, loaded.__setitem__)
     assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
-    assert directory.read_run_state(target) == {"step": 7}
+    assert directory.read_run_state(target) == {"step": 7, "format": directory.FORMAT}
     assert tensors.names_and_shapes(target) == SHAPES
 
 
@@ -59,18 +60,34 @@ def test_reading_in_groups_changes_nothing(
     assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
 
 
-def test_full_disk_leaves_no_checkpoint(
+def test_failed_write_leaves_no_checkpoint(
     tmp_path: Path, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FullDisk(dcp.FileSystemWriter):
+    class Refusing(dcp.FileSystemWriter):
         def write_data(self, plan: object, planner: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dcp, "FileSystemWriter", FullDisk)
-    with pytest.raises(InputError, match="no space left while writing"):
+    monkeypatch.setattr(dcp, "FileSystemWriter", Refusing)
+    with pytest.raises(InputError, match=r"step_00000003 could not be written: .*No space left"):
         save(tmp_path, 3, group)
-    assert complete_steps(tmp_path) == []
-    assert [path.name for path in partial_saves(tmp_path)] == ["step_00000003.partial"]
+    assert list(directory.checkpoints_directory(tmp_path).iterdir()) == []
+
+
+def test_really_full_disk(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        target = step_directory(tmp_path, 1)
+        large = {"weights.a": torch.ones(1 << 18)}
+        with pytest.raises(InputError, match="could not be written: no space left"):
+            tensors.save(target, large.items(), {"step": 1}, group=group)
+        assert complete_steps(tmp_path) == []
+        assert partial_saves(tmp_path) == []
+        save(tmp_path, 2, group)
+        assert complete_steps(tmp_path) == [2]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_newest_complete_wins(tmp_path: Path, group: dist.ProcessGroup) -> None:
@@ -86,8 +103,22 @@ def test_newest_complete_wins(tmp_path: Path, group: dist.ProcessGroup) -> None:
 def test_old_ones_go_but_for_the_kept(tmp_path: Path, group: dist.ProcessGroup) -> None:
     for step in range(1, 8):
         save(tmp_path, step, group)
+    # A save and a removal that were cut off.
+    step_directory(tmp_path, 4).with_suffix(".partial").mkdir()
+    step_directory(tmp_path, 0).mkdir()
     assert remove_old(tmp_path, keep_last=2, keep_every_steps=3) == [1, 2, 4, 5]
     assert complete_steps(tmp_path) == [3, 6, 7]
+    assert len(list(directory.checkpoints_directory(tmp_path).iterdir())) == 3
+
+
+def test_damaged_or_foreign_run_state_is_refused(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    target = save(tmp_path, 1, group)
+    (target / directory.RUN_STATE_FILE).write_text('{"format": 0}')
+    with pytest.raises(InputError, match="format 0"):
+        directory.read_run_state(target)
+    (target / directory.RUN_STATE_FILE).write_text('{"form')
+    with pytest.raises(InputError, match="is damaged"):
+        directory.read_run_state(target)
 
 
 @pytest.mark.parametrize(

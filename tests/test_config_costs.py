@@ -13,14 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsr_scale.config.costs import (
     activation_bytes,
     forward_flops,
-    hidden_width,
     memory_per_gpu,
-    padded_hidden_width,
     parameters,
     total,
     training_flops,
 )
-from dsr_scale.config.derive import ModelShape, model_shape
+from dsr_scale.config.derive import ModelShape, hidden_width, model_shape, padded_hidden_width
 from dsr_scale.config.run import RunConfig
 from dsr_scale.model.build import build_model
 from dsr_scale.model.conditioning import Condition
@@ -123,7 +121,7 @@ def test_flops_are_those_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch
     """torch counts the matrix products of a real forward; the padding is taken out of the model."""
     from dsr_scale.model import layers
 
-    monkeypatch.setattr(layers, "padded_hidden", layers.swiglu_hidden)
+    monkeypatch.setattr(layers, "padded_hidden_width", hidden_width)
     shape = model_shape(run_of(*SHAPES[name]))
     model = DiT(shape).requires_grad_(False)
     latents = torch.randn(1, shape.channels, *shape.grid)
@@ -237,7 +235,7 @@ def test_activations_are_what_autograd_keeps(
 
 
 def test_memory_follows_precision_and_sharding() -> None:
-    """22 bytes per parameter in bf16, 24 in fp32; ZeRO-1 divides the 16 of optimizer and EMA."""
+    """22 bytes per parameter in bf16, 24 in fp32 and tf32; ZeRO-1 divides the 16 of optimizer and EMA."""
     run = run_of(*SHAPES["class"], precision="bf16", microbatch_images=4)
     shape = model_shape(run)
     count = total(parameters(shape)).stored
@@ -247,6 +245,13 @@ def test_memory_follows_precision_and_sharding() -> None:
     assert shared.optimizer + shared.ema == math.ceil(12 * count / 8) + math.ceil(4 * count / 8)
     assert alone.activations == shared.activations == round(4 * activation_bytes(run, shape))
 
-    fp32 = run_of(*SHAPES["class"], precision="fp32", microbatch_images=4)
-    plain = memory_per_gpu(fp32, shape, data_parallel=1)
-    assert plain.total - plain.activations == 24 * count
+    fp32, tf32 = (
+        memory_per_gpu(
+            run_of(*SHAPES["class"], precision=precision, microbatch_images=4),
+            shape,
+            data_parallel=1,
+        )
+        for precision in ("fp32", "tf32")
+    )
+    assert fp32.total - fp32.activations == 24 * count
+    assert tf32 == fp32

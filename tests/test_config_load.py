@@ -12,6 +12,7 @@ import yaml
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.load import dump_run, load_run, merge, parse_overrides, parse_run
+from dsr_scale.config.presets import with_preset
 from dsr_scale.config.problems import ConfigError
 from dsr_scale.config.run import RunConfig
 
@@ -154,6 +155,24 @@ def test_the_dump_loads_back_equal(tmp_path: Path) -> None:
     assert yaml.safe_load(dumped)["grid"]["prompts"] == ["off", "12", "é: ü", ""]
 
 
+@pytest.mark.parametrize(
+    ("head", "width"), [("", 2048), (", head: null", None), (", head: {width: 64}", 64)]
+)
+def test_a_head_taken_away_stays_away_and_one_left_out_is_the_presets(
+    tmp_path: Path, head: str, width: int | None
+) -> None:
+    text = MINIMAL.replace("{width: 64, depth: 2, heads: 4}", f"{{preset: DiT-DH-S{head}}}")
+    run = load_run(write(tmp_path, "run.yaml", text))
+    saved = RunConfig.model_validate(run.model_dump(mode="json"))
+    resolved = run.model_copy(update={"model": with_preset(run.model)})
+    for again in (run, parse_run(dump_run(run), "dump"), saved, parse_run(dump_run(resolved), "")):
+        found = with_preset(again.model).head
+        assert (found.width if found else None) == width
+    child = write(tmp_path, "child.yaml", "extends: run.yaml\n")
+    without = load_run(child, ["model.head=null"])
+    assert with_preset(without.model).head is None
+
+
 def test_yaml_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -208,6 +227,13 @@ def test_a_key_of_another_kind_says_which(run_file: Path) -> None:
         ("training.compile=1", "training.compile = 1", "true or false"),
         ("data.crop=middle", 'data.crop = "middle"', "center or random"),
         ("diffusion.shift=big", 'diffusion.shift = "big"', "dimension or a number"),
+        ("diffusion.shift=-1", "diffusion.shift = -1", "dimension or greater than 0"),
+        ("diffusion.shift=.inf", "diffusion.shift = Infinity", "dimension or a finite number"),
+        ("diffusion.timesteps.mean=.nan", "diffusion.timesteps.mean = NaN", "a finite number"),
+        ("training.precision=fp16", 'training.precision = "fp16"', "fp32, tf32 or bf16"),
+        ("training.optimizer.betas=[0.9, 1]", "training.optimizer.betas[1] = 1", "less than 1"),
+        ("data.background=[0, 256, 0]", "data.background[1] = 256", "equal to 255"),
+        ("data.buckets=[[64, 0]]", "data.buckets[0][1] = 0", "greater than 0"),
         ("name=3", "name = 3", "text"),
         ("data.background=3", "data.background = 3", "a list"),
         ("model.registers=3", "model.registers = 3", "a block of settings"),

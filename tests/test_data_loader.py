@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -173,15 +175,21 @@ def test_max_samples_takes_the_first_and_changes_the_fingerprint(packed: Path) -
 
 
 def test_labels_come_from_the_metadata(packed: Path) -> None:
-    [step] = run_steps(make_config(packed), 0, 1, need_labels=True)
+    [step] = run_steps(make_config(packed), 0, 1, num_classes=7)
     for batch in step:
         assert batch.labels is not None
         assert batch.labels.tolist() == [int(i) % 7 for i in batch.sample_ids]
     for workers in (0, 1):
         with pytest.raises(InputError, match=r"k\d{4} has class = None"):
             run_steps(
-                make_config(packed, label_field="class", workers=workers), 0, 1, need_labels=True
+                make_config(packed, label_field="class", workers=workers), 0, 1, num_classes=7
             )
+
+
+def test_a_label_beyond_the_classes_is_refused(packed: Path) -> None:
+    # Labels are 0 to 6. With 6 classes, 6 would be the null class.
+    with pytest.raises(InputError, match=r"(?s)k\d{4} has label = 6 .*from 0 to 5"):
+        run_steps(make_config(packed), 0, 3, num_classes=6)
 
 
 def test_uneven_batches_are_refused(packed: Path) -> None:
@@ -272,19 +280,22 @@ def test_corruption_rate() -> None:
         check_rate(16, 64, 0.001, ["a"])
 
 
-ITERATING = """
-import sys, time
-from dsr_scale.config.data import DataConfig
-from dsr_scale.data.loader import BatchStream, open_samples
-config = DataConfig(shards=sys.argv[1], resolution=256, workers=2, prefetch_batches=4)
-stream = BatchStream(open_samples(config), config, seed=0, global_batch_images=16,
-                     microbatch_images=8, rank=0, world_size=1)
-steps = stream.steps(0)
-next(steps)
-print("ready", flush=True)
-for line in sys.stdin:
-    print(len(next(steps)), flush=True)
-"""
+def answer_with_steps(packed: Path, pipe: Connection) -> None:
+    """For each message, the number of micro-batches in the next step."""
+    config = make_config(packed, resolution=256, workers=2, prefetch_batches=4)
+    stream = BatchStream(
+        open_samples(config),
+        config,
+        seed=0,
+        global_batch_images=16,
+        microbatch_images=8,
+        rank=0,
+        world_size=1,
+    )
+    steps = stream.steps(0)
+    while True:
+        pipe.recv()
+        pipe.send(len(next(steps)))
 
 
 def children(pid: int) -> list[int]:
@@ -294,37 +305,38 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prctl")
 def test_workers_ignore_foreign_signals_and_die_with_their_parent(packed: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", ITERATING, str(packed)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    assert process.stdin is not None and process.stdout is not None
+    # Forked, not started anew: importing everything again takes seconds.
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=answer_with_steps, args=(packed, theirs))
+    process.start()
+    assert process.pid is not None
+
+    def step() -> int:
+        ours.send("next")
+        assert ours.poll(60)
+        return ours.recv()
+
     try:
-        assert process.stdout.readline() == "ready\n"
+        assert step() == 2
         workers = children(process.pid)
         assert len(workers) == 2
         for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             for worker in workers:
                 os.kill(worker, name)
         for _ in range(12):  # more than was ready before the signals
-            process.stdin.write("next\n")
-            assert process.stdout.readline() == "2\n"
+            assert step() == 2
         assert children(process.pid) == workers
     finally:
         process.kill()
-        process.wait()
+        process.join()
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "orphaned workers"
         time.sleep(0.05)
-    ours = [str(pid) for pid in (process.pid, *workers)]
+    pids = [str(pid) for pid in (process.pid, *workers)]
     shared = [path.name for path in Path("/dev/shm").iterdir()]
-    assert not [name for name in shared if any(pid in name for pid in ours)]
-    process.stdin.close()
-    process.stdout.close()
+    assert not [name for name in shared if any(pid in name for pid in pids)]
 
 
 def test_workers_end_when_the_stream_is_closed(packed: Path) -> None:
@@ -344,6 +356,32 @@ def test_workers_end_when_the_stream_is_closed(packed: Path) -> None:
     assert len(set(children(os.getpid())) - before) == 2
     stream.close()
     assert set(children(os.getpid())) <= before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: index["shards"][1].pop("raw_data"),
+        lambda index: index["shards"][1].pop("samples"),
+        lambda index: index["shards"][1]["raw_data"].pop("bytes"),
+        lambda index: index["shards"][1]["raw_data"].update(hashes=None),
+        lambda index: index["shards"][1].update(samples="many"),
+        lambda index: index["shards"][1]["column_names"].pop(),
+        lambda index: index["shards"].append(None),
+        lambda index: index.update(shards=7),
+        lambda index: index["shards"][0].pop("column_sizes"),
+        lambda index: index["shards"][0].update(version=3),
+    ],
+)
+def test_a_damaged_index_is_an_error_for_people(
+    packed: Path, tmp_path: Path, damage: Callable[[Any], object]
+) -> None:
+    index = json.loads((packed / "index.json").read_text())
+    damage(index)
+    shutil.copytree(packed, tmp_path / "damaged")
+    (tmp_path / "damaged" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"index\.json is no shard index"):
+        ShardStore(DataConfig(shards=str(tmp_path / "damaged"))).read(0)
 
 
 def test_errors_of_a_wrong_directory(packed: Path, tmp_path: Path) -> None:

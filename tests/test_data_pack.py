@@ -6,11 +6,11 @@ import csv
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +34,12 @@ def read_all(directory: Path) -> list[Sample]:
     samples = [store.read(number) for number in range(len(store))]
     assert store.sizes.tolist() == [[sample.height, sample.width] for sample in samples]
     return samples
+
+
+def dropped_keys(directory: Path) -> dict[str, str]:
+    """The reason for each key in `dropped.jsonl`."""
+    lines = (directory / "dropped.jsonl").read_text().splitlines()
+    return {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
 
 
 def expected_samples(images: list[bytes]) -> list[Sample]:
@@ -103,10 +109,17 @@ def test_folder_with_sidecar_files(tmp_path: Path) -> None:
         (folder / f"{number}.png").write_bytes(encoded(number))
         (folder / f"{number}.txt").write_text(f"first {number}\n\n second \n")
     (folder / "3.json").write_text('{"label": 4}')
-    (folder / "8.png").write_bytes(encoded(8))
-    (folder / "8.txt").write_bytes("é".encode("latin-1"))
+    for name, text, description in (("8", "é", "{}"), ("9", "whole", "[1]"), ("91", "too", "{")):
+        (folder / f"{name}.png").write_bytes(encoded(8))
+        (folder / f"{name}.txt").write_bytes(text.encode("latin-1"))
+        (folder / f"{name}.json").write_text(description)
     report = pack(str(tmp_path / "folder"), tmp_path / "out", SMALL_UNITS)
-    assert report.dropped == {"caption is not UTF-8": 1}
+    assert report.dropped == {"bad caption": 1, "bad metadata": 2}
+    assert dropped_keys(tmp_path / "out") == {
+        "nested/8": "bad caption",
+        "nested/9": "bad metadata",
+        "nested/91": "bad metadata",
+    }
     samples = read_all(tmp_path / "out")
     assert [sample.key for sample in samples] == [f"nested/{number}" for number in range(7)]
     assert [c.text for c in samples[2].captions] == ["first 2", "second"]
@@ -144,25 +157,23 @@ def test_workers_and_unit_sizes_do_not_change_the_contents(tmp_path: Path) -> No
     assert pack(source, tmp_path / "changed").fingerprint != one.fingerprint
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from dsr_scale.data.pack import pack
-from dsr_scale.data.pack_unit import PackOptions
-from dsr_scale.data.sources import SourceOptions
-def stop(progress):
-    if progress.units_done == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-options = PackOptions(source=SourceOptions(unit_samples=5), shard_mib=0.005, workers=2)
-pack(sys.argv[1], Path(sys.argv[2]), options, stop)
-"""
+def pack_until_killed(source: str, out: Path) -> None:
+    def stop(progress: PackProgress) -> None:
+        if progress.units_done == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pack(source, out, dataclasses.replace(SMALL_UNITS, workers=2), stop)
 
 
 def test_killed_and_continued_equals_uninterrupted(tmp_path: Path) -> None:
     source = str(write_list(tmp_path, COUNT))
     out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, source, str(out)], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    # Forked, not started anew: importing everything again takes seconds.
+    fork = multiprocessing.get_context("fork")
+    killed = fork.Process(target=pack_until_killed, args=(source, out))
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
     with pytest.raises(InputError, match=r"has no index\.json"):
         ShardStore(DataConfig(shards=str(out)))
     finished = sorted(out.glob("part-*"))
@@ -170,7 +181,7 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path: Path) -> None:
     times = {part: part.stat().st_mtime_ns for part in finished}
     left = out / f"{pack_unit.TEMPORARY_PREFIX}part-00004-1"
     left.mkdir(exist_ok=True)
-    with pytest.raises(InputError, match="unfinished pack of another source or with other options"):
+    with pytest.raises(InputError, match="unfinished pack of another source"):
         pack(source, out)
     inodes = {part: (part / "shard.00000.mds").stat().st_ino for part in times}
     report = pack(source, out, SMALL_UNITS)
@@ -185,25 +196,36 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_dropped_samples_are_counted_and_named(tmp_path: Path) -> None:
-    source = write_list(tmp_path, 8)
+    source = write_list(tmp_path, 11)
     images = tmp_path / "images"
     (images / "0001.png").write_bytes(encoded(1)[:90])
     (images / "0002.png").write_bytes(encoded(2, 9, 40))
     (images / "0003.png").unlink()
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     rows[4]["captions"] = [" "]
+    rows[8]["captions"] = [{"text": "no weight", "weight": 0}]
+    rows[9]["captions"] = "half a pair: \ud83d"
+    rows[10]["note"] = "half a pair: \ud83d"
     source.write_text("".join(json.dumps(each) + "\n" for each in rows))
     options = PackOptions(allow_missing=True, min_side=10)
     report = pack(str(source), tmp_path / "out", options)
-    reasons = {"missing caption": 1, "missing image": 1, "too small": 1, "unreadable image": 1}
+    reasons = {
+        "bad caption": 2,
+        "bad metadata": 1,
+        "missing caption": 1,
+        "missing image": 1,
+        "too small": 1,
+        "unreadable image": 1,
+    }
     assert report.kept == 4 and report.dropped == reasons
-    lines = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
-    named = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
-    assert named == {
+    assert dropped_keys(tmp_path / "out") == {
         "k0001": "unreadable image",
         "k0002": "too small",
         "k0003": "missing image",
         "k0004": "missing caption",
+        "k0008": "bad caption",
+        "k0009": "bad caption",
+        "k0010": "bad metadata",
     }
     assert [sample.key for sample in read_all(tmp_path / "out")] == [
         "k0000",
@@ -263,8 +285,75 @@ def test_unusable_sources(tmp_path: Path) -> None:
 
 def test_nothing_kept_is_an_error(tmp_path: Path) -> None:
     source = write_list(tmp_path, 3)
-    with pytest.raises(InputError, match=r"nothing was kept: .*too small.*3"):
+    with pytest.raises(InputError, match=r"nothing was kept: .*too small.*3") as raised:
         pack(str(source), tmp_path / "out", PackOptions(min_side=100))
+    assert "--captions-optional" not in raised.value.remedy
+    options = PackOptions(source=SourceOptions(caption_columns=("label_text",)))
+    rows = [json.loads(line) | {"label_text": ""} for line in source.read_text().splitlines()]
+    source.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(InputError, match="missing caption") as raised:
+        pack(str(source), tmp_path / "without captions", options)
+    assert "--captions-optional" in raised.value.remedy
+
+
+def test_a_source_that_changed_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    for name in ("0", "a/1", "a/2"):
+        (folder / f"{name}.png").write_bytes(encoded(1))
+        (folder / f"{name}.txt").write_text("a caption")
+    (folder / "0.json").write_text('{"label": 1}')
+    (folder / "unrelated.json").write_text("{}")
+    report = pack(str(folder), tmp_path / "out")
+    (folder / "unrelated.json").write_text("[]")
+    assert pack(str(folder), tmp_path / "out") == report
+    for name, text in (("a/2.txt", "A caption"), ("0.json", '{"label": 2}')):
+        path = folder / name
+        old, times = path.read_text(), path.stat()
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"finished pack of .* files that changed"):
+            pack(str(folder), tmp_path / "out")
+        out = tmp_path / f"after {Path(name).name}"
+        assert pack(str(folder), out).fingerprint != report.fingerprint
+        path.write_text(old)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert pack(str(folder), tmp_path / "out") == report
+
+
+@pytest.mark.parametrize("refused", ["list.jsonl", "0001.png"])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    source = write_list(tmp_path, 3)
+    whole = Path.open
+
+    def guarded(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    with pytest.raises(InputError, match=f"no permission to read .*{refused}"):
+        pack(str(source), tmp_path / "out")
+
+
+def test_a_folder_that_may_not_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("open", "shut"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / "0.png").write_bytes(encoded(1))
+        (tmp_path / "source" / name / "0.txt").write_text("text")
+    whole = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(InputError, match=r"no permission to read .*shut"):
+        pack(str(tmp_path / "source"), tmp_path / "out")
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:

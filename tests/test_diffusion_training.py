@@ -14,8 +14,8 @@ from dsr_scale.diffusion.path import Prediction, add_noise, to_velocity, velocit
 from dsr_scale.diffusion.timesteps import (
     draw_noise,
     draw_sample_timesteps,
-    draw_timesteps,
     shift_timesteps,
+    timesteps_from_normal,
 )
 
 
@@ -73,7 +73,6 @@ def kolmogorov_distance(draws: Tensor, cdf: list[float]) -> float:
     return (torch.tensor(cdf, dtype=torch.float64) - ranks).abs().max().item()
 
 
-@pytest.mark.parametrize("source", ["generator", "samples"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -82,12 +81,9 @@ def kolmogorov_distance(draws: Tensor, cdf: list[float]) -> float:
         TimestepsConfig(distribution="uniform"),
     ],
 )
-def test_distribution_of_timesteps(config: TimestepsConfig, source: str) -> None:
+def test_distribution_of_timesteps(config: TimestepsConfig) -> None:
     alpha, count = 3.0, 4000
-    if source == "generator":
-        t = draw_timesteps(count, config, alpha, torch.Generator().manual_seed(0))
-    else:
-        t = draw_sample_timesteps(config, alpha, 0, [2] * count, range(count), "cpu")
+    t = draw_sample_timesteps(config, alpha, 0, [2] * count, range(count), "cpu")
     assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1
     before_shift = shift_timesteps(t.double().sort().values, 1 / alpha).tolist()
     if config.distribution == "uniform":
@@ -100,8 +96,8 @@ def test_distribution_of_timesteps(config: TimestepsConfig, source: str) -> None
 
 def test_published_share_of_low_noise() -> None:
     """A share of 0.026 of training is below t = 0.5 and 0.603 below 0.9 at α = 6.928 (§1.1)."""
-    generator = torch.Generator().manual_seed(0)
-    t = draw_timesteps(200_000, TimestepsConfig(), math.sqrt(48), generator)
+    normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    t = timesteps_from_normal(normal, TimestepsConfig(), math.sqrt(48))
     assert (t < 0.5).double().mean().item() == pytest.approx(0.026, abs=0.002)
     assert (t < 0.9).double().mean().item() == pytest.approx(0.603, abs=0.005)
 

@@ -35,6 +35,8 @@ def test_a_directory_must_exist_and_hold_its_files(
         locate("owner/model", files=("config.json", "preprocessor.json"))
     with pytest.raises(InputError, match="remove the revision"):
         locate("owner/model", "a1b2c3")
+    # A copy of a pinned checkpoint may say which commit it is of.
+    assert locate("owner/model", "a1b2c3", name="someone/model") == found
 
 
 def test_weights_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

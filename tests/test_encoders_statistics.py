@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.base.torchvision_operators import declare_torchvision_operators
+from dsr_scale.config.load import load_run
+from dsr_scale.data.loader import open_samples
+from dsr_scale.data.transforms import cover_and_crop, decode_rgb
+from dsr_scale.encoders.contract import build_image_encoder
 from dsr_scale.encoders.statistics import (
     LatentStatistics,
     StatisticsIdentity,
@@ -117,3 +125,49 @@ def test_another_grid_is_whitened_and_comes_back() -> None:
     expected = (latents - rows[:, :, :1]) / (1 + rows[:, :, :1] + EPSILON).sqrt()
     torch.testing.assert_close(whitening.apply(latents), expected)
     torch.testing.assert_close(whitening.undo(whitening.apply(latents)), latents)
+
+
+def test_the_lines_in_the_documentation_compute_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/encoders.md, run on a small ViT and the shipped pack, whitens what training will see."""
+    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text(encoding="utf-8")
+    start = page.index("    from pathlib import Path\n")
+    end = page.index("\n## ", start)
+    lines = textwrap.dedent(page[start:end])
+
+    declare_torchvision_operators()
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32
+    )
+    vit = tmp_path / "vit"
+    transformers.Dinov2Model(config).save_pretrained(vit)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (vit / "preprocessor_config.json").write_text(json.dumps(processor))
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(
+        "name: t\ndirectory: d\n"
+        "data: {shards: 'package:emoji', max_samples: 70, resolution: 32}\n"
+        f"encoders: {{image: {{kind: vit, model: '{vit}', name: owner/vit, channels: 8, patch: 8,\n"
+        "  input_size: 32, statistics: made/statistics.safetensors}}\n"
+        "model: {width: 64, depth: 2, heads: 4}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "configs/published/dit_xl.yaml" in lines
+    exec(compile(lines.replace("configs/published/dit_xl.yaml", str(run_file)), "docs", "exec"), {})
+
+    run = load_run(run_file)
+    encoder = build_image_encoder(run.encoders.image, resolution=32, device="cpu")
+    samples = open_samples(run.data)
+    pixels = [
+        cover_and_crop(decode_rgb(samples.read(i).image, (255, 255, 255)), (32, 32))
+        for i in range(70)
+    ]
+    latents = encoder.encode(torch.from_numpy(np.stack(pixels))).double()
+    zeros = torch.zeros(8, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(latents.mean(dim=0), zeros, rtol=0, atol=1e-3)
+    variance = latents.var(dim=0, correction=0)
+    torch.testing.assert_close(variance, zeros + 1, rtol=0, atol=5e-2)

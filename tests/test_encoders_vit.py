@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
+from dsr_scale.config.derive import KNOWN_VITS, vit_geometry
 from dsr_scale.config.encoders import VitImage
 from dsr_scale.encoders.contract import build_image_encoder
 from dsr_scale.encoders.statistics import LatentStatistics, StatisticsIdentity, save_statistics
@@ -175,6 +176,30 @@ def test_latents_are_whitened_with_the_statistics_of_their_encoder(tmp_path: Pat
     save_statistics(path, LatentStatistics.of(raw[:, :, :3]), identity)
     with pytest.raises(InputError, match=r"required: shape \[24, 4, 4\]"):
         build_image_encoder(config, resolution=RESOLUTION, device="cpu")
+
+
+def test_a_named_local_copy_is_the_encoder_it_is_a_copy_of(tmp_path: Path) -> None:
+    """Statistics computed for a pinned hub name whiten the latents of a copy on disk."""
+    hub, commit = "google/siglip2-base-patch16-256", "a1b2c3"
+    assert vit_geometry(VitImage(model=str(tmp_path), name=hub)) == KNOWN_VITS[hub]
+    with pytest.raises(InputError, match=r"encoders\.image\.name"):
+        vit_geometry(VitImage(model=str(tmp_path)))
+    _saved(tmp_path, "dinov2")
+    images = _images(16)
+    plain = build_image_encoder(_config(tmp_path), resolution=RESOLUTION, device="cpu")
+    raw = plain.encode(images)
+    path = tmp_path / "statistics.safetensors"
+    identity = StatisticsIdentity(hub, commit, RESOLUTION)
+    save_statistics(path, LatentStatistics.of(raw), identity)
+    config = _config(tmp_path, statistics=str(path), name=hub, revision=commit)
+    latents = build_image_encoder(config, resolution=RESOLUTION, device="cpu").encode(images)
+    expected = (raw - raw.mean(dim=0)) / (raw.var(dim=0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+    for other in ({"name": None, "revision": None}, {"revision": None}, {"name": "owner/other"}):
+        with pytest.raises(InputError, match="required: statistics of"):
+            build_image_encoder(
+                config.model_copy(update=other), resolution=RESOLUTION, device="cpu"
+            )
 
 
 def test_half_precision_is_near_full_and_whitening_stays_fp32(tmp_path: Path) -> None:

@@ -131,8 +131,25 @@ def test_bundle_of_another_network(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((bundle / "model.safetensors").read_bytes())
     text = (bundle / "bundle.json").read_text()
     (tmp_path / "bundle.json").write_text(text.replace('"depth": 4', '"depth": 5'))
-    with pytest.raises(InputError, match=r"missing \['blocks\.4"):
+    with pytest.raises(InputError, match=r"Missing key\(s\) in state_dict: \"blocks\.4"):
         load(tmp_path)
+
+
+def test_damaged_bundles(bundle: Path, tmp_path: Path) -> None:
+    weights = (bundle / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "bundle.json").write_text((bundle / "bundle.json").read_text())
+    with pytest.raises(InputError, match="does not fit the network"):
+        load(tmp_path)
+    (tmp_path / "bundle.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is needed")
+def test_cuda_without_a_gpu(bundle: Path) -> None:
+    with pytest.raises(InputError, match="no GPU"):
+        load(bundle, device="cuda")
 
 
 def test_missing_step_names_those_there_are(run: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.derive import ModelShape
+from dsr_scale.config.derive import ModelShape, hidden_width, padded_hidden_width
 from dsr_scale.config.model import (
     ClassConditioning,
     CrossAttentionConditioning,
@@ -17,10 +17,10 @@ from dsr_scale.config.model import (
     QueryAdaLNConditioning,
 )
 from dsr_scale.config.presets import with_preset
-from dsr_scale.model.build import build_model, build_on_meta, check_shape, decay_groups
+from dsr_scale.model.build import build_model, build_on_meta, decay_groups
 from dsr_scale.model.conditioning import Condition
 from dsr_scale.model.initialisation import initial_values
-from dsr_scale.model.layers import SwiGLU, padded_hidden, swiglu_hidden
+from dsr_scale.model.layers import SwiGLU
 
 
 def preset_shape(name: str, registers: int = 0) -> ModelShape:
@@ -58,7 +58,7 @@ def published_parameters(shape: ModelShape) -> int:
     for module in model.modules():
         if isinstance(module, SwiGLU):
             width = module.w3.out_features
-            padding += (padded_hidden(width) - swiglu_hidden(width)) * (3 * width + 2)
+            padding += (padded_hidden_width(width) - hidden_width(width)) * (3 * width + 2)
     return sum(parameter.numel() for parameter in model.parameters()) - padding
 
 
@@ -151,7 +151,7 @@ def is_normal(tensor: torch.Tensor, std: float) -> bool:
 def test_initial_values_are_the_published_ones(head: HeadConfig | None) -> None:
     model = build_model(small_shape(head=head, registers=36), seed=0)
     weight = model.get_parameter
-    hidden, padded = swiglu_hidden(96), padded_hidden(96)
+    hidden, padded = hidden_width(96), padded_hidden_width(96)
     qkv = weight("blocks.0.attn.qkv.weight")
     w12 = weight("blocks.0.mlp.w12.weight")
     logical = torch.cat([w12[:hidden], w12[padded : padded + hidden]])
@@ -227,7 +227,7 @@ def test_matrices_decay_and_nothing_else(text_kind: str) -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(changes: dict[str, object], word: str) -> None:
     with pytest.raises(InputError, match=word):
-        check_shape(small_shape(**changes))
+        build_model(small_shape(**changes), seed=0)
 
 
 def test_latents_that_do_not_fit_are_refused() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -21,10 +23,11 @@ from dsr_scale.config.model import (
     InContextConditioning,
     QueryAdaLNConditioning,
 )
-from dsr_scale.model.build import build_model, check_shape
+from dsr_scale.model import layers
+from dsr_scale.model.build import build_model
 from dsr_scale.model.conditioning import Condition, QueryEmbedder, concatenate
 from dsr_scale.model.dit import DiT
-from dsr_scale.model.layers import SwiGLU
+from dsr_scale.model.layers import SwiGLU, require_flash
 
 TextKind = Literal["bytes", "features"]
 TEXT_KINDS: list[ConditioningConfig] = [
@@ -247,13 +250,51 @@ def test_condition_moves_only_features_to_the_dtype() -> None:
     assert condition.null.dtype == torch.bool
 
 
-def test_flash_says_what_to_do() -> None:
+def stand_in_for_flash_attn() -> ModuleType:
+    """A package with flash-attn's function and layout [B,N,h,d], for a machine without a GPU."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func  # pyright: ignore[reportAttributeAccessIssue]
+    return package
+
+
+def test_blocks_with_flash_attention_compile_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training compiles them: fullgraph, so nothing may be left to the interpreter."""
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in_for_flash_attn())
+    monkeypatch.setattr(layers, "require_flash", lambda device: None)  # the device is a CPU
+    plain = make_model(ClassConditioning(num_classes=3), "none", None)
+    flash = DiT(plain.shape.model_copy(update={"attention": "flash"}))
+    flash.load_state_dict(plain.state_dict())
+    for block in flash.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    condition = Condition(null=torch.tensor([False, True]), labels=torch.tensor([2, 0]))
+    torch.testing.assert_close(run(flash, condition), run(plain, condition))
+
+
+def test_flash_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(CrossAttentionConditioning(), "features", None)
-    flash = build_model(model.shape.model_copy(update={"attention": "flash"}), seed=0)
-    with pytest.raises(InputError, match="sdpa"):
+    shape = model.shape.model_copy(update={"attention": "flash"})
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    flash = build_model(shape, seed=0)
+    with pytest.raises(InputError, match="cannot be imported"):
         run(flash, Condition(null=torch.tensor([True])))
+    with pytest.raises(InputError, match="cannot be imported"):
+        require_flash(torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in_for_flash_attn())
+    require_flash(torch.device("cuda"))
+    flash = build_model(shape, seed=0)
+    for call in (
+        lambda: run(flash, Condition(null=torch.tensor([True]))),
+        lambda: require_flash(torch.device("cpu")),
+    ):
+        with pytest.raises(InputError, match="on the device cpu"):
+            call()
     in_context = model.shape.model_copy(
         update={"attention": "flash", "conditioning": InContextConditioning()}
     )
     with pytest.raises(InputError, match="mask"):
-        check_shape(in_context)
+        build_model(in_context, seed=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsr_scale.config.derive import ModelShape
+from dsr_scale.config.derive import ModelShape, hidden_width, padded_hidden_width
 from dsr_scale.config.model import (
     ClassConditioning,
     ConditioningConfig,
@@ -20,7 +20,7 @@ from dsr_scale.config.model import (
 from dsr_scale.model.build import build_model
 from dsr_scale.model.conditioning import Condition
 from dsr_scale.model.dit import DiT
-from dsr_scale.model.layers import SwiGLU, padded_hidden, swiglu_hidden
+from dsr_scale.model.layers import SwiGLU
 from dsr_scale.model.layout import Rows, TokenLayout
 from dsr_scale.model.positions import register_grid, rope, sincos_2d
 
@@ -81,7 +81,7 @@ def open_gates(model: DiT) -> None:
         for module in model.modules():
             if isinstance(module, SwiGLU):  # its biases start at zero, its padding must stay there
                 width = module.w3.out_features
-                hidden, padded = swiglu_hidden(width), padded_hidden(width)
+                hidden, padded = hidden_width(width), padded_hidden_width(width)
                 module.w12.bias[hidden:padded] = 0
                 module.w12.bias[padded + hidden :] = 0
 
@@ -172,7 +172,7 @@ def test_every_parameter_learns_once_the_gates_are_open_and_padding_never(
     for module in model.modules():
         if isinstance(module, SwiGLU):
             width = module.w3.out_features
-            hidden, padded = swiglu_hidden(width), padded_hidden(width)
+            hidden, padded = hidden_width(width), padded_hidden_width(width)
             for tensor in (module.w12.weight, module.w12.bias):
                 assert tensor.grad is not None
                 for start in (hidden, padded + hidden):
@@ -213,5 +213,3 @@ def test_layout_tells_the_rows_that_probes_see(head: HeadConfig | None) -> None:
     expected += [] if head is None else [Rows(6, 0, 16)] * 2
     assert [rows for _, _, rows in seen] == expected
     assert [length for _, length, _ in seen] == [rows.total for rows in expected]
-    layout = model.layout(4, 4, make_condition(shape))
-    assert [layout.before(i) for i in range(3)] == [Rows(0, 5, 16), Rows(0, 5, 16), Rows(6, 5, 16)]

@@ -78,6 +78,18 @@ def test_figures_of_the_published_xl() -> None:
     assert report["config"]["model"]["width"] == 1152
 
 
+def test_the_published_recipe_has_its_precision() -> None:
+    for path in CONFIGS:
+        if path.parent.name == "published":
+            assert load_run(path).training.precision == "tf32"
+
+
+def test_the_emoji_run_divides_over_the_usual_numbers_of_devices() -> None:
+    run = load_run(ROOT / "configs" / "emoji_64.yaml")
+    for devices in (1, 2, 4, 8):
+        check_run(run, data_parallel=devices)
+
+
 def test_sums_are_sums() -> None:
     report = plan_report(load_run(XL), devices=8)
     for block in ("forward_flops_per_image", "memory_bytes_per_gpu"):
@@ -90,7 +102,7 @@ def test_sums_are_sums() -> None:
 
 def test_images_per_second_only_where_there_is_ground_for_it() -> None:
     run = load_run(XL)
-    assert plan_report(run, devices=8)["predicted_images_per_s"] == {}, "fp32"
+    assert plan_report(run, devices=8)["predicted_images_per_s"] == {}, "tf32"
     fast = load_run(XL, ["training.precision=bf16"])
     report = plan_report(fast, devices=8)
     expected = 8 * 0.5 * 790e12 / report["training_flops_per_image"]

@@ -66,6 +66,19 @@ def test_resumed_metrics_take_the_last_record_of_a_step(tmp_path: Path) -> None:
     ]
 
 
+def test_torn_lines_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    def write(step: int, loss: float) -> None:
+        log = MetricsLog(tmp_path, wandb_mode="off", project="p", name="n", config={}, run_id=None)
+        log.log(step, {"loss": loss})
+        log.close()
+
+    write(1, float("nan"))
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 2, "lo')
+    write(3, 0.5)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None}, {"step": 3, "loss": 0.5}]
+
+
 def test_wandb_offline_keeps_one_run_id_over_a_resume(tmp_path: Path) -> None:
     ids: list[str | None] = [None]
     for step in (1, 2):

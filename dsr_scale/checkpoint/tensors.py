@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
-from dsr_scale.checkpoint.directory import PARTIAL_SUFFIX, RUN_STATE_FILE
+from dsr_scale.checkpoint.directory import FORMAT, PARTIAL_SUFFIX, RUN_STATE_FILE
 
 READ_BYTES = 1 << 30
 """Tensors are read in groups of about this size, which bounds host memory during a load."""
@@ -35,8 +35,8 @@ def save(
 ) -> None:
     """Writes a complete checkpoint directory `target`, or leaves none. A collective.
 
-    `tensors` yields the same names on every rank in the same order. Raises InputError when the
-    disk is full or refuses.
+    `tensors` yields the same names on every rank in the same order. Raises InputError on every rank
+    when the disk of one is full or refuses.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     mine = {
@@ -45,29 +45,55 @@ def save(
         if index % world_size == rank
     }
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    with atomic_files.storage_errors(target):
+    failure: BaseException | None = None
+    try:
         if rank == 0:
             for stale in (partial, target):
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier(group)
-        try:
-            dcp.save(mine, storage_writer=dcp.FileSystemWriter(partial), process_group=group)
-        except dcp.CheckpointException as error:
-            raise _storage_cause(error) from error
+    except OSError as error:
+        failure = error
+    _raise_together(failure, partial, group)
+    try:
+        dcp.save(mine, storage_writer=dcp.FileSystemWriter(partial), process_group=group)
         if rank == 0:
-            atomic_files.write_json(partial / RUN_STATE_FILE, dict(run_state))
-            partial.rename(target)
-        dist.barrier(group)
+            state = {**run_state, "format": FORMAT}
+            atomic_files.write_json(partial / RUN_STATE_FILE, state)
+            atomic_files.rename(partial, target)
+    # DCP's own exception is no Exception.
+    except (Exception, dcp.CheckpointException) as error:
+        failure = error
+    _raise_together(failure, partial, group)
 
 
-def _storage_cause(error: dcp.CheckpointException) -> BaseException:
-    """The OSError inside a failed DCP save, when that is what it was."""
-    for failure in error.failures.values():
-        cause = failure[0]
-        if isinstance(cause, OSError):
-            return cause
-    return error
+def _raise_together(failure: BaseException | None, partial: Path, group: dist.ProcessGroup) -> None:
+    """Raises on every rank when one of them failed, after removing what was written."""
+    failures: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, None if failure is None else _described(failure), group=group)
+    messages = sorted({message for message in failures if message is not None})
+    if not messages:
+        return
+    if dist.get_rank(group) == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    raise InputError(
+        found=f"the checkpoint {partial.with_suffix('')} could not be written: {'; '.join(messages)}",
+        required="room for the whole checkpoint, and permission to write it",
+        remedy="free space or change the permissions; start again with the same command, "
+        "which goes on from the last complete checkpoint",
+    ) from failure
+
+
+def _described(failure: BaseException) -> str:
+    """One line on why a save failed, with the cause DCP wraps."""
+    if isinstance(failure, dcp.CheckpointException):
+        causes = [repr(cause[0]) for cause in failure.failures.values()]
+        text = "; ".join(causes)
+    else:
+        text = repr(failure)
+    # torch's writer reports a full disk only as a position that is not the expected one.
+    if "inline_container" in text or "PytorchStreamWriter" in text:
+        return f"no space left or write refused ({text.splitlines()[0][:200]})"
+    return text.splitlines()[0][:300]
 
 
 def names_and_shapes(checkpoint: Path) -> dict[str, torch.Size]:
@@ -83,11 +109,12 @@ def names_and_shapes(checkpoint: Path) -> dict[str, torch.Size]:
 def load(
     checkpoint: Path,
     wanted: Mapping[str, torch.Size],
-    receive: Callable[[str, torch.Tensor], None],
+    receive: Callable[[str, torch.Tensor], object],
 ) -> None:
     """Reads the `wanted` tensors in fp32 and hands each to `receive`.
 
-    Needs no process group: every caller reads for itself. Raises InputError when a name is missing
+    Needs no process group: every caller reads for itself, so a job of many ranks reads the whole
+    checkpoint once per rank. Raises InputError when a name is missing
     or has another shape: the checkpoint is of another model.
     """
     check_fits(checkpoint, wanted)

@@ -6,6 +6,7 @@ Each subcommand is a function in a module of its own that imports what is heavy 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -17,6 +18,9 @@ import dsr_scale
 from dsr_scale.base.errors import InputError
 from dsr_scale.cli import export, pack, plan, sample, train
 from dsr_scale.config.problems import ConfigError
+
+TRAINING_PACKAGES = {"deepspeed", "streaming", "webdataset", "wandb", "pyarrow", "matplotlib"}
+"""What a plain install, made for sampling, does not have."""
 
 app = typer.Typer(
     name="dsr-scale",
@@ -59,11 +63,25 @@ def run() -> None:
     except InputError as error:
         show_input_error(error)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_PACKAGES:
+            raise
+        show_input_error(
+            InputError(
+                found=f"no package {error.name}",
+                required="the extra that training and packing need",
+                remedy="pip install 'dsr-scale[train]'",
+            )
+        )
+        sys.exit(2)
 
 
 def show_input_error(error: InputError) -> None:
     """Print to stderr what was found, what is required and what to do, for each problem."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank != "0":
+        console.print(f"rank {rank}:", style="red")
     problems = error.problems if isinstance(error, ConfigError) else (error,)
     if isinstance(error, ConfigError):
         console.print(Text(f"{len(problems)} problems in {error.source}", style="bold red"))

@@ -17,20 +17,30 @@ class Solver(StrEnum):
     dpm = "dpm++"
 
 
+class Device(StrEnum):
+    """Where to compute; `auto` takes a GPU when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Directory written by dsr-scale export.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A caption; repeatable.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One caption per line.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Default: the bundle's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the bundle's.")] = None,
     solver: Annotated[Solver | None, typer.Option(help="Default: the bundle's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 is off; default: the bundle's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="1 is off; default: the bundle's.")
+    ] = None,
     autoguidance: Annotated[
         Path | None, typer.Option(help="Bundle of a weaker model to guide away from.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images per forward.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 16,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
 ) -> None:
     """Draw one image per prompt."""
     from rich.console import Console
@@ -47,11 +57,11 @@ def sample(
     sampling = type(chosen).model_validate(
         chosen.model_dump() | {key: value for key, value in given.items() if value is not None}
     )
-    pipeline = load(bundle, device=device)
-    weaker = None if autoguidance is None else load(autoguidance, device=device)
-    if weaker is not None and weaker.shape.grid != pipeline.shape.grid:
+    pipeline = load(bundle, device=device.value)
+    weaker = None if autoguidance is None else load(autoguidance, device=device.value)
+    if weaker is not None and weaker.latent_space != pipeline.latent_space:
         raise InputError(
-            found=f"latents of {pipeline.shape.grid} in {bundle} and {weaker.shape.grid} in {autoguidance}",
+            found=f"latents of {pipeline.latent_space} in {bundle}, {weaker.latent_space} in {autoguidance}",
             required="two models of the same latents",
             remedy="guide with a smaller or less trained model of the same encoder and resolution",
         )
@@ -89,7 +99,15 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
                 required="a text file with one caption per line",
                 remedy="check the path given with --prompts-file",
             )
-        prompts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                found=f"{file} is not UTF-8 text: {error}",
+                required="one caption per line, in UTF-8",
+                remedy="convert the file",
+            ) from error
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(
             found="no prompt",

@@ -6,20 +6,28 @@ more of them. All of it is arithmetic on the config, so a cluster job fails on t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.derive import batch_arithmetic, latent_channels, latent_grid
-from dsr_scale.config.model import (
-    ClassConditioning,
-    InContextConditioning,
+from dsr_scale.config.derive import (
+    batch_arithmetic,
+    latent_channels,
+    latent_grid,
+    register_start,
 )
+from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
+from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.presets import with_preset
 from dsr_scale.config.problems import raise_problems
 from dsr_scale.config.run import RunConfig
-
-Problems = Iterator[InputError]
+from dsr_scale.config.shape_checks import (
+    Problems,
+    flash_problems,
+    no_text,
+    patch_problems,
+    register_problems,
+    width_problems,
+)
 
 _DECODER_FOR = {"pixels": "pixels", "vit": "rae", "vae": "vae"}
 """Image encoder kind → the decoder kind that inverts it."""
@@ -49,42 +57,12 @@ def _collect(problems: list[InputError], found: Problems) -> None:
 
 def _widths(run: RunConfig) -> Problems:
     model = with_preset(run.model)
-    yield from _stack("model", model.width, model.heads)
-    if model.head is not None:
-        yield from _stack("model.head", model.head.width, model.head.heads)
-
-
-def _stack(name: str, width: int, heads: int) -> Problems:
-    found = f"{name}.width = {width}, {name}.heads = {heads}"
-    if width % heads:
-        yield InputError(
-            found=found,
-            required="a width divisible by the number of heads",
-            remedy=f"set {name}.heads to one of {_divisors(width)}",
-        )
-    elif (width // heads) % 4:
-        yield InputError(
-            found=f"{found}: {width // heads} channels per head",
-            required="channels per head divisible by 4: RoPE turns pairs, half of them per axis",
-            remedy=f"set {name}.width to a multiple of {4 * heads}",
-        )
-    if width % 4:
-        yield InputError(
-            found=f"{name}.width = {width}",
-            required="a width divisible by 4: sine and cosine of two axes",
-            remedy=f"set {name}.width to {width + 4 - width % 4}",
-        )
+    yield from width_problems(model.width, model.heads, model.head)
 
 
 def _registers(run: RunConfig) -> Problems:
     model = with_preset(run.model)
-    count, start = model.registers.count, model.registers.start
-    if count and start is not None and start > model.depth - 1:
-        yield InputError(
-            found=f"model.registers.start = {start} in a body of {model.depth} blocks",
-            required=f"a block from 0 to {model.depth - 1}",
-            remedy="lower model.registers.start, or remove it for the published ceil(2·depth/7)",
-        )
+    yield from register_problems(model.registers.count, register_start(model), model.depth)
 
 
 def _conditioning(run: RunConfig) -> Problems:
@@ -97,27 +75,16 @@ def _conditioning(run: RunConfig) -> Problems:
             remedy="set encoders.text.kind to none, or another model.conditioning.kind",
         )
     if not by_class and text == "none":
-        yield InputError(
-            found=f"model.conditioning.kind = {run.model.conditioning.kind}, "
-            "encoders.text.kind = none",
-            required="a text encoder for text conditioning",
-            remedy="set encoders.text.kind to transformers or bytes, or model.conditioning.kind "
-            "to class",
-        )
+        yield no_text(run.model.conditioning.kind)
 
 
 def _attention(run: RunConfig) -> Problems:
     if run.model.attention != "flash":
         return
-    if isinstance(run.model.conditioning, InContextConditioning):
+    yield from flash_problems(run.model.attention, run.model.conditioning.kind)
+    if run.training.precision != "bf16":
         yield InputError(
-            found="model.attention = flash, model.conditioning.kind = in_context",
-            required="attention that can leave out padded caption tokens",
-            remedy="set model.attention to sdpa, or choose another model.conditioning.kind",
-        )
-    if run.training.precision == "fp32":
-        yield InputError(
-            found="model.attention = flash, training.precision = fp32",
+            found=f"model.attention = flash, training.precision = {run.training.precision}",
             required="bf16: flash-attn has no fp32 kernels",
             remedy="set training.precision to bf16, or model.attention to sdpa",
         )
@@ -138,6 +105,13 @@ def _encoders(run: RunConfig) -> Problems:
             remedy=f"set encoders.decoder.kind to {_DECODER_FOR[image]}, or to none for a run "
             "without sample grids",
         )
+    text = run.encoders.text
+    if isinstance(text, TransformersText) and CAPTION_PLACEHOLDER not in text.template:
+        yield InputError(
+            found=f"encoders.text.template = {text.template!r}",
+            required=f"a template with {CAPTION_PLACEHOLDER} where the caption goes",
+            remedy=f"add {CAPTION_PLACEHOLDER} to encoders.text.template",
+        )
 
 
 def _grids(run: RunConfig) -> Problems:
@@ -147,13 +121,6 @@ def _grids(run: RunConfig) -> Problems:
     sizes = {"data.resolution": (resolution, resolution)}
     sizes |= {f"data.buckets[{i}]": size for i, size in enumerate(run.data.buckets)}
     for name, (height, width) in sizes.items():
-        if min(height, width) <= 0:
-            yield InputError(
-                found=f"{name} = {height}×{width} pixels",
-                required="positive sides",
-                remedy=f"correct {name}",
-            )
-            continue
         try:
             grid = latent_grid(run.encoders, height, width, resolution)
         except InputError as problem:
@@ -163,13 +130,7 @@ def _grids(run: RunConfig) -> Problems:
                 remedy=problem.remedy,
             )
             continue
-        if grid[0] % run.model.patch or grid[1] % run.model.patch:
-            yield InputError(
-                found=f"{name}: a latent grid of {grid[0]}×{grid[1]} cells, "
-                f"model.patch = {run.model.patch}",
-                required="a grid divisible by the patch",
-                remedy=f"change model.patch or {name}",
-            )
+        yield from patch_problems(name, grid, run.model.patch)
 
 
 def _data(run: RunConfig) -> Problems:
@@ -179,6 +140,14 @@ def _data(run: RunConfig) -> Problems:
             required="a local directory for remote shards",
             remedy="set data.cache_directory to a fast local disk",
         )
+    buckets = run.data.buckets
+    for index, (height, width) in enumerate(buckets):
+        if (height, width) in buckets[:index]:
+            yield InputError(
+                found=f"data.buckets[{index}] = [{height}, {width}], which is there before",
+                required="each bucket once",
+                remedy=f"remove data.buckets[{index}]",
+            )
 
 
 def _schedule(run: RunConfig) -> Problems:
@@ -244,7 +213,7 @@ def _sampling(run: RunConfig) -> Problems:
             required="at least one prompt",
             remedy="set grid.prompts, or remove grid.every_steps",
         )
-    if grid.sampling.guidance > 1 and run.data.condition_dropout == 0:
+    if grid.sampling.guidance != 1 and run.data.condition_dropout == 0:
         yield InputError(
             found=f"grid.sampling.guidance = {grid.sampling.guidance}, data.condition_dropout = 0",
             required="a trained unconditional branch for guidance",
@@ -272,16 +241,6 @@ def _class_prompts(run: RunConfig) -> Problems:
         )
 
 
-def _diffusion(run: RunConfig) -> Problems:
-    shift = run.diffusion.shift
-    if shift != "dimension" and not (0 < shift < math.inf):
-        yield InputError(
-            found=f"diffusion.shift = {shift}",
-            required="a positive number, or dimension",
-            remedy="set diffusion.shift to dimension, or to 1.0 for no shift",
-        )
-
-
 def _batch(run: RunConfig, data_parallel: int) -> Problems:
     """A global batch that does not divide is reported with the other problems."""
     if data_parallel < 1:
@@ -292,10 +251,6 @@ def _batch(run: RunConfig, data_parallel: int) -> Problems:
         )
         return
     batch_arithmetic(run, data_parallel)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0 and number // n >= 4)
 
 
 _CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
@@ -309,5 +264,4 @@ _CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
     _schedule,
     _checkpoints,
     _sampling,
-    _diffusion,
 )

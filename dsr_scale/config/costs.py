@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from dsr_scale.config.derive import BYTE_VOCABULARY, ModelShape
+from dsr_scale.config.derive import (
+    BYTE_LAYERS,
+    BYTE_VOCABULARY,
+    FREQUENCIES,
+    ModelShape,
+    hidden_width,
+    padded_hidden_width,
+)
 from dsr_scale.config.model import ClassConditioning, QueryAdaLNConditioning
 from dsr_scale.config.run import RunConfig
-
-FOURIER_FEATURES = 512
-"""Sine and cosine of the 256 fixed frequencies of the timestep embedding."""
-
-BYTE_LAYERS = 2
-"""Transformer layers over a caption's bytes."""
-
-FFN_MULTIPLE = 128
-"""Hidden widths are zero-padded to a multiple of this; the padding computes nothing."""
 
 MEASURED_CEILING_TFLOPS = {"H200": 790.0}
 """bf16 matrix products, TFLOP/s, measured on one GPU (docs/method.md §7)."""
@@ -44,16 +42,6 @@ class Count(NamedTuple):
         return Count(self.published * number, self.stored * number)
 
 
-def hidden_width(width: int) -> int:
-    """Published hidden width of SwiGLU: int(2/3 · 4 · width)."""
-    return int(2 / 3 * 4 * width)
-
-
-def padded_hidden_width(width: int) -> int:
-    """Hidden width as stored, a multiple of `FFN_MULTIPLE`."""
-    return math.ceil(hidden_width(width) / FFN_MULTIPLE) * FFN_MULTIPLE
-
-
 def parameters(shape: ModelShape) -> dict[str, Count]:
     """Trained parameters by part; their sum is the number of parameters of the built model.
 
@@ -70,7 +58,7 @@ def parameters(shape: ModelShape) -> dict[str, Count]:
         projector = 0 if head.width == width else _linear(width, head.width)
         block = _self_block(head.width, head.heads, shape.qk_norm) + _adaln(head.width)
         head_count = block.times(head.depth) + _exact(_linear(cells, head.width) + projector)
-    timestep = _linear(FOURIER_FEATURES, width) + _linear(width, width)
+    timestep = _linear(2 * FREQUENCIES, width) + _linear(width, width)
     return {
         "embedders": _exact(_linear(cells, width) + timestep),
         "body": _self_block(width, shape.heads, shape.qk_norm).times(shape.depth),
@@ -162,7 +150,7 @@ def forward_flops(shape: ModelShape) -> dict[str, int]:
         adaln += _adaln_flops(width, rows if per_token else 1)
         if shape.conditioning.kind == "cross_attention":
             cross += _cross_flops(width, rows, text)
-    embedders = image * 2 * cells * width + 2 * (FOURIER_FEATURES * width + width * width)
+    embedders = image * 2 * cells * width + 2 * (2 * FREQUENCIES * width + width * width)
     if head is None:
         head_flops = 0
         final = image * 2 * width * cells + 4 * width * width * (image if per_token else 1)
@@ -262,8 +250,9 @@ _ACTIVATIONS: dict[tuple[str, bool], _ActivationCost] = {
     ("bf16", True): _ActivationCost(36.1, 12.0, 8.0, 4.0, 4.0),
     ("fp32", True): _ActivationCost(72.2, 24.0, 16.0, 8.0, 8.0),
 }
-"""(precision, compiled) → cost. Eager: measured on this package's block by counting what autograd
-saves. Compiled: derived for perfectly fused element-wise work (docs/method.md §7), not measured."""
+"""(type of activations, compiled) → cost. Eager: measured on this package's block by counting what
+autograd saves. Compiled: derived for perfectly fused element-wise work (docs/method.md §7), not
+measured."""
 
 
 def memory_per_gpu(run: RunConfig, shape: ModelShape, *, data_parallel: int) -> Memory:
@@ -284,7 +273,8 @@ def memory_per_gpu(run: RunConfig, shape: ModelShape, *, data_parallel: int) -> 
 
 def activation_bytes(run: RunConfig, shape: ModelShape) -> float:
     """Bytes per image that the blocks keep for the backward pass."""
-    cost = _ACTIVATIONS[run.training.precision, run.training.compile]
+    dtype = "bf16" if run.training.precision == "bf16" else "fp32"
+    cost = _ACTIVATIONS[dtype, run.training.compile]
     kind = shape.conditioning.kind
     base = cost.block + (cost.qk_norm if shape.qk_norm else 0)
     body = base + (cost.per_token_adaln if kind == "query_adaln" else 0)

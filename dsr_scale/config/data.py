@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dsr_scale.config.section import Section
+
+Pixels = Annotated[int, Field(gt=0)]
+Colour = Annotated[int, Field(ge=0, le=255)]
 
 
 class DataConfig(Section):
@@ -31,7 +34,7 @@ class DataConfig(Section):
     resolution: int = Field(default=256, gt=0)
     """Side of the square training image, in pixels."""
 
-    buckets: tuple[tuple[int, int], ...] = ()
+    buckets: tuple[tuple[Pixels, Pixels], ...] = ()
     """(height, width) pairs in pixels for aspect-ratio bucketing; empty means squares of `resolution`."""
 
     crop: Literal["center", "random"] = "center"
@@ -49,7 +52,7 @@ class DataConfig(Section):
     label_field: str = "label"
     """Metadata field that holds the integer class, for class conditioning."""
 
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Colour, Colour, Colour] = (255, 255, 255)
     """RGB colour under transparent pixels."""
 
     max_corrupt_rate: float = Field(default=0.001, ge=0, le=1)

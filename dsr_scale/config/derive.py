@@ -48,6 +48,15 @@ KNOWN_VITS: dict[str, VitGeometry] = {
 BYTE_VOCABULARY = 257
 """256 byte values and one padding id."""
 
+BYTE_LAYERS = 2
+"""Blocks over a caption's bytes: a bag of bytes has no words, two layers of attention find them."""
+
+FREQUENCIES = 256
+"""Random Fourier frequencies of the timestep embedding; each gives a sine and a cosine."""
+
+HIDDEN_MULTIPLE = 128
+"""Hidden widths are zero-padded to a multiple of this; the padding computes nothing."""
+
 
 class ModelShape(Section):
     """All that fixes the network: saved in checkpoints and bundles, compared on resume."""
@@ -78,17 +87,29 @@ class ModelShape(Section):
         return (self.grid[0] // self.patch) * (self.grid[1] // self.patch)
 
 
+def hidden_width(width: int) -> int:
+    """Published hidden width of the SwiGLU, int(⅔·4·D)."""
+    return int(2 / 3 * 4 * width)
+
+
+def padded_hidden_width(width: int) -> int:
+    """Hidden width as stored, a multiple of `HIDDEN_MULTIPLE`."""
+    return math.ceil(hidden_width(width) / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+
 def vit_geometry(image: VitImage) -> VitGeometry:
     """Channels, patch and input size of a ViT encoder, from the config or the table of known ones."""
-    known = KNOWN_VITS.get(image.model)
+    known = KNOWN_VITS.get(image.known_as)
     channels = image.channels or (known.channels if known else 0)
     patch = image.patch or (known.patch if known else 0)
     input_size = image.input_size or (known.input_size if known else 0)
     if not (channels and patch and input_size):
         raise InputError(
-            found=f"encoders.image.model = {image.model!r}, which is not in the table of known encoders",
+            found=f"encoders.image.{'model' if image.name is None else 'name'} = "
+            f"{image.known_as!r}, which is not in the table of known encoders",
             required="its token width, patch and input size",
-            remedy="set encoders.image.channels, encoders.image.patch and encoders.image.input_size",
+            remedy="set encoders.image.channels, encoders.image.patch and encoders.image.input_size, "
+            "or encoders.image.name if the model is a copy of a known one",
         )
     return VitGeometry(channels, patch, input_size)
 

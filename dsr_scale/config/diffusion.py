@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,7 +28,7 @@ class DiffusionConfig(Section):
     denominator_clamp: float = Field(default=0.05, gt=0, lt=1)
     """Smallest divisor when a data or noise prediction is turned into a velocity."""
     timesteps: TimestepsConfig = TimestepsConfig()
-    shift: Literal["dimension"] | float = "dimension"
+    shift: Literal["dimension"] | Annotated[float, Field(gt=0)] = "dimension"
     """α of t ← αt/(1+(α−1)t): `dimension` is √(tokens·channels/4096); 1.0 is no shift."""
     weighting: Literal["none", "min_snr"] = "none"
     """Weight of the loss by timestep."""

@@ -10,6 +10,9 @@ from dsr_scale.config.section import Section
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+CAPTION_PLACEHOLDER = "{caption}"
+"""Where the caption goes in `encoders.text.template`."""
+
 
 class PixelsImage(Section):
     """Raw pixels in [-1, 1], one token per patch: the paper's JiT-style setting. Needs no weights."""
@@ -25,8 +28,12 @@ class VitImage(Section):
     kind: Literal["vit"] = "vit"
     model: str
     """Hub name, local directory, or `package:NAME/PATH` for weights inside an installed package."""
+    name: str | None = None
+    """What the checkpoint is called in statistics and in the table of known encoders; None is `model`.
+    Set it when `model` is a local copy."""
     revision: str | None = None
-    """Commit of the hub repository; pin it for a run that must be repeatable."""
+    """Commit of the hub repository; pin it for a run that must be repeatable. With `name`, the commit
+    that a local copy is of."""
     statistics: str | None = None
     """safetensors file with `mean` and `variance` [C,H,W] of the latents; None skips whitening."""
     input_size: int | None = Field(default=None, gt=0)
@@ -37,6 +44,11 @@ class VitImage(Section):
     """Patch side of the encoder; needed for models `derive.py` does not know."""
     dtype: Dtype = "fp32"
     """Precision the encoder runs in."""
+
+    @property
+    def known_as(self) -> str:
+        """`name`, or `model` where there is none."""
+        return self.model if self.name is None else self.name
 
 
 class VaeImage(Section):
@@ -75,8 +87,8 @@ class TransformersText(Section):
     """Tokens kept of a caption."""
     layer: int = -1
     """Which of the hidden states, counted as Python counts; -1 is the last, after its norm."""
-    template: str = "{caption}"
-    """Text around the caption."""
+    template: str = CAPTION_PLACEHOLDER
+    """Text around the caption, which takes the place of `{caption}`."""
     channels: int = Field(gt=0)
     """Width of the hidden states; checked against the model when it is loaded."""
     dtype: Dtype = "fp32"

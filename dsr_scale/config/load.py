@@ -53,7 +53,8 @@ def parse_run(text: str, source: str) -> RunConfig:
 
 
 def dump_run(run: RunConfig) -> str:
-    """The run as YAML with every field spelled out; `parse_run` gives back an equal run."""
+    """The run as YAML with every field spelled out, but a `model.head` left to the preset;
+    `parse_run` gives back an equal run."""
     return to_yaml(run.model_dump(mode="json"))
 
 
@@ -226,6 +227,8 @@ def _remedy(path: str, value: Any, group: Sequence[ErrorDetails]) -> str:
         return f'write it in quotes: "{str(value).lower()}"'
     if kinds & {"int_type", "float_type"} and isinstance(value, str):
         return "write the number without quotes and without a unit"
+    if path.endswith("]"):
+        return f"change {path}"
     return f"change {path}, or remove it to use its default"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from dsr_scale.config.section import Section
 
@@ -84,3 +84,11 @@ class ModelConfig(Section):
     """RMSNorm on queries and keys of each head; off in the published models."""
     attention: Literal["sdpa", "flash"] = "sdpa"
     """`flash` calls the flash-attn package (extra `flash`); `sdpa` is torch's own."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A head that was left to the preset stays out of the dump, where null would say none."""
+        values = dump(self)
+        if "head" not in self.model_fields_set:
+            values.pop("head", None)
+        return values

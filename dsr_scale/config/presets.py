@@ -25,7 +25,7 @@ PRESET_NAMES = tuple(_BODIES) + tuple(
 
 
 def with_preset(model: ModelConfig) -> ModelConfig:
-    """`model` with its preset's sizes where it names none itself.
+    """`model` with its preset's sizes where it names none itself; `head: null` is a choice, no head.
 
     Raises InputError for an unknown preset, or when neither preset nor sizes are given.
     """
@@ -42,7 +42,7 @@ def with_preset(model: ModelConfig) -> ModelConfig:
         sizes = {
             key: given or preset for (key, given), preset in zip(sizes.items(), body, strict=True)
         }
-        if head is None and "-DH-" in model.preset:
+        if "-DH-" in model.preset and "head" not in model.model_fields_set:
             head = HeadConfig()
     missing = [f"model.{key}" for key, value in sizes.items() if not value]
     if missing:

@@ -65,13 +65,17 @@ def _section(section: type[Section], path: str) -> Iterator[str]:
 
 
 def _type(field: FieldInfo) -> str:
-    limits = [
+    return ", ".join([_spelled(field.annotation), *_limits(field)])
+
+
+def _limits(field: FieldInfo) -> list[str]:
+    """The bounds of a number, such as `> 0`."""
+    return [
         f"{sign} {getattr(limit, name)}"
         for limit in field.metadata
         for kind, name, sign in _SIGNS
         if isinstance(limit, kind)
     ]
-    return ", ".join([_spelled(field.annotation), *limits])
 
 
 def _spelled(annotation: Any) -> str:
@@ -80,7 +84,10 @@ def _spelled(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inner)
     if origin is Annotated:
-        return _spelled(inner[0])
+        bounds = [
+            limit for part in inner[1:] if isinstance(part, FieldInfo) for limit in _limits(part)
+        ]
+        return " ".join([_spelled(inner[0]), " and ".join(bounds)]).rstrip()
     if origin in (Union, types.UnionType):
         return " or ".join(_spelled(part) for part in inner)
     if origin is tuple:

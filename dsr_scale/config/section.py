@@ -1,4 +1,4 @@
-"""The base of every configuration section: frozen, strict about unknown keys, documented in place."""
+"""The base of every configuration section: frozen, strict about keys, documented in place."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One block of a run file. Unknown keys are refused; a field's docstring is its manual."""
+    """One block of a run file. Unknown keys, infinities and NaN are refused; a field's docstring is
+    its manual."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )

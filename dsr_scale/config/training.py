@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field
 from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.config.section import Section
 
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
+
 
 def _class_number_as_text(prompt: Any) -> Any:
     return str(prompt) if type(prompt) is int else prompt
@@ -19,7 +21,7 @@ class OptimizerConfig(Section):
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.95)
     """Decay of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -53,8 +55,9 @@ class TrainingConfig(Section):
     """Images per optimizer step, over all devices."""
     microbatch_images: int = Field(default=32, gt=0)
     """Images per device and forward; the rest is gradient accumulation."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    """`bf16` keeps fp32 master weights and accumulates gradients in fp32. `tf32` has fp32 weights, and
+    matrix products in TF32 on GPUs that have it; on a CPU it equals `fp32`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
     compile: bool = False

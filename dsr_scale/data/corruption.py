@@ -25,7 +25,7 @@ _NAMED_KEYS = 10
 
 @dataclass(frozen=True)
 class CorruptImage:
-    """One unusable sample and the sample that took its slot."""
+    """One unusable sample (image, captions or metadata) and the sample that took its slot."""
 
     key: str
     error: str

@@ -36,6 +36,22 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Holds the lock file `path` if nobody else does, and tells whether; never waits."""
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def _lock_within(descriptor: int, patience_s: float, busy: str) -> None:
     deadline = time.monotonic() + patience_s
     while True:

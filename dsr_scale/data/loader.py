@@ -24,7 +24,7 @@ from dsr_scale.data.buckets import BatchPlan
 from dsr_scale.data.captions import choose_caption, drop_condition
 from dsr_scale.data.corruption import REPLACEMENT_ATTEMPTS, CorruptImage, replacement_id
 from dsr_scale.data.order import SampleOrder
-from dsr_scale.data.samples import Sample, Samples
+from dsr_scale.data.samples import Sample, Samples, UnusableRecord
 from dsr_scale.data.shards import ShardStore
 from dsr_scale.data.transforms import UnreadableImage, cover_and_crop, decode_rgb
 from dsr_scale.data.worker_processes import tie_to_parent
@@ -39,7 +39,7 @@ class Batch:
     captions: tuple[str, ...]
     """The chosen caption, also where `null` says that it is to be ignored; "" if there is none."""
     labels: torch.Tensor | None
-    """int64 [B], when labels were asked for."""
+    """int64 [B], 0 ≤ label < num_classes; None without classes."""
     null: torch.Tensor
     """bool [B]: the condition is dropped."""
     epochs: torch.Tensor
@@ -81,10 +81,13 @@ class BatchStream:
         microbatch_images: int,
         rank: int,
         world_size: int,
-        need_labels: bool = False,
+        num_classes: int | None = None,
         start_method: Literal["fork", "spawn"] = "fork",
     ) -> None:
-        """`rank` and `world_size` count model replicas; raises `InputError` for uneven batches."""
+        """`rank` and `world_size` count model replicas; raises `InputError` for uneven batches.
+
+        Batches carry labels if there are `num_classes`; None is for data without classes.
+        """
         assert 0 <= rank < world_size
         if global_batch_images % (world_size * microbatch_images):
             raise InputError(
@@ -106,7 +109,7 @@ class BatchStream:
         rank_images = global_batch_images // world_size
         self._rows = range(rank * rank_images, (rank + 1) * rank_images, microbatch_images)
         self._microbatch = microbatch_images
-        self._decoder = _Decoder(samples, config, seed, need_labels)
+        self._decoder = _Decoder(samples, config, seed, num_classes)
         self._config = config
         self._start_method = start_method
         self._iterator: Iterator[Batch | InputError] | None = None
@@ -177,10 +180,6 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-class _Unusable(Exception):
-    """This sample cannot be trained on; its slot is refilled."""
-
-
 class _Slot(NamedTuple):
     image: np.ndarray
     caption: str
@@ -197,11 +196,13 @@ class _Decoder(Dataset[Batch | InputError]):
     RuntimeError with a traceback for text.
     """
 
-    def __init__(self, samples: Samples, config: DataConfig, seed: int, need_labels: bool) -> None:
+    def __init__(
+        self, samples: Samples, config: DataConfig, seed: int, num_classes: int | None
+    ) -> None:
         self._samples = samples
         self._config = config
         self._seed = seed
-        self._need_labels = need_labels
+        self._num_classes = num_classes
 
     def __getitem__(self, request: Request) -> Batch | InputError:
         try:
@@ -220,7 +221,9 @@ class _Decoder(Dataset[Batch | InputError]):
             images[row] = torch.from_numpy(slot.image)
             slots.append(slot)
             corrupt += unusable
-        labels = torch.tensor([slot.label for slot in slots]) if self._need_labels else None
+        labels = None
+        if self._num_classes is not None:
+            labels = torch.tensor([slot.label for slot in slots])
         return Batch(
             images=images,
             captions=tuple(slot.caption for slot in slots),
@@ -239,11 +242,11 @@ class _Decoder(Dataset[Batch | InputError]):
         failures: list[tuple[str, str, int]] = []
         sample_id = wanted
         for attempt in range(REPLACEMENT_ATTEMPTS + 1):
-            sample = self._samples.read(sample_id)
             try:
+                sample = self._samples.read(sample_id)
                 slot = self._use(sample, epoch, sample_id, target)
-            except _Unusable as error:
-                failures.append((sample.key, str(error), sample_id))
+            except UnusableRecord as error:
+                failures.append((error.key, str(error), sample_id))
                 sample_id = replacement_id(
                     wanted, attempt, samples=len(self._samples), seed=self._seed, epoch=epoch
                 )
@@ -263,14 +266,14 @@ class _Decoder(Dataset[Batch | InputError]):
         caption, label = "", -1
         if sample.captions:
             caption = choose_caption(sample.captions, config.caption_choice, **identity)
-        elif not self._need_labels:
-            raise _Unusable("no caption")
-        if self._need_labels:
-            label = _label(sample, config.label_field)
+        elif self._num_classes is None:
+            raise UnusableRecord(sample.key, "no caption")
+        if self._num_classes is not None:
+            label = _label(sample, config.label_field, self._num_classes)
         try:
             image = decode_rgb(sample.image, config.background, target)
         except UnreadableImage as error:
-            raise _Unusable(str(error)) from error
+            raise UnusableRecord(sample.key, str(error)) from error
         pixels = cover_and_crop(
             image, target, crop=config.crop, flip=config.horizontal_flip, **identity
         )
@@ -278,12 +281,15 @@ class _Decoder(Dataset[Batch | InputError]):
         return _Slot(pixels, caption, label, null, sample_id, sample.key)
 
 
-def _label(sample: Sample, field: str) -> int:
+def _label(sample: Sample, field: str, num_classes: int) -> int:
     value = sample.metadata.get(field)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(
-            found=f"sample {sample.key} has {field} = {value!r} in its metadata",
-            required=f"an integer class in the field {field} (data.label_field) of every sample",
-            remedy="pack the data with that field, name another, or condition on text",
-        )
-    return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_classes:
+        return value
+    # One class beyond the last would be taken for the null class, without any sign of it.
+    raise InputError(
+        found=f"sample {sample.key} has {field} = {value!r} in its metadata",
+        required=f"an integer from 0 to {num_classes - 1} (model.conditioning.num_classes = "
+        f"{num_classes}) in the field {field} (data.label_field) of every sample",
+        remedy="correct num_classes, pack the data with that field, name another field, or "
+        "condition on text",
+    )

@@ -45,13 +45,14 @@ from dsr_scale.data.manifest import (
 )
 from dsr_scale.data.pack_unit import PackOptions, pack_unit, part_name
 from dsr_scale.data.samples import COLUMNS, SCHEMA_VERSION
-from dsr_scale.data.sources import Source, Unit, name_some, open_source
+from dsr_scale.data.sources import Source, Unit, name_some, open_source, source_errors
 from dsr_scale.data.worker_processes import tie_to_parent
 
 PLAN_NAME = ".plan.json"
 _LOCK_NAME = ".lock"
 _PERCENTILES = (5, 50, 95)
 _DEFAULTS = PackOptions()
+_OTHER = "another source, of files that changed since, or with other options"
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,21 @@ def pack(
     """Packs `source` into the directory `out`, continuing what an interrupted call left there.
 
     The result is the same for any number of workers and interruptions. Raises `InputError` for a
-    missing, empty or inconsistent source, an `out` that holds something else, a full disk, and
-    a source of which nothing could be kept.
+    missing, empty, changed or unreadable source, an `out` that holds something else, a full disk,
+    and a source of which nothing could be kept.
     """
-    opened = open_source(source, options.source)
+    with source_errors():
+        opened = open_source(source, options.source)
     require_writable_directory(out)
     with locked(out / _LOCK_NAME, f"another process is packing into {out}"):
-        described = _describe(source, opened, options)
+        with source_errors():
+            described = _describe(source, opened, options)
         finished = _finished(out, described)
         if finished is not None:
             (out / _LOCK_NAME).unlink(missing_ok=True)
             return finished
-        if not options.allow_missing and (missing := opened.missing_images()):
-            raise InputError(
-                found=f"{len(missing)} images that captions name are missing: {name_some(missing)}",
-                required="every image that a caption refers to",
-                remedy="restore them, correct image_root, or set allow_missing to drop them",
-            )
-        units = opened.units()
+        with source_errors():
+            units = _complete_units(opened, options)
         _claim(out, {**described, "units": len(units)})
         _pack_units(opened, units, out, options, progress)
         report = _join(out, len(units), described)
@@ -113,14 +111,27 @@ def pack(
         return report
 
 
+def _complete_units(source: Source, options: PackOptions) -> list[Unit]:
+    """All units, after a look whether the images that captions name are there."""
+    if not options.allow_missing and (missing := source.missing_images()):
+        raise InputError(
+            found=f"{len(missing)} images that captions name are missing: {name_some(missing)}",
+            required="every image that a caption refers to",
+            remedy="restore them, correct image_root, or set allow_missing to drop them",
+        )
+    return source.units()
+
+
 def _describe(location: str, source: Source, options: PackOptions) -> dict[str, Any]:
     """What fixes the result, for the manifest and for refusing to mix two packs."""
+    root = Path(location) if Path(location).is_dir() else Path(location).parent
     listing = hashlib.sha256()
     total = 0
     for file in source.files:
-        size = file.stat().st_size
-        total += size
-        listing.update(f"{file.name} {size}\n".encode())
+        status = file.stat()
+        total += status.st_size
+        line = f"{file.relative_to(root).as_posix()} {status.st_size} {status.st_mtime_ns}\n"
+        listing.update(os.fsencode(line))
     kept = asdict(options)
     del kept["workers"], kept["source_name"]
     if options.source_name:
@@ -146,7 +157,7 @@ def _finished(out: Path, described: dict[str, Any]) -> PackReport | None:
     if {"source": manifest.source, "options": manifest.options} != json.loads(
         json.dumps(described)
     ):
-        raise _occupied(out, "a finished pack of another source or with other options")
+        raise _occupied(out, f"a finished pack of {_OTHER}")
     for part in out.glob("part-*"):
         _remove_unit_files(part)
     (out / PLAN_NAME).unlink(missing_ok=True)
@@ -158,7 +169,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
     plan_path = out / PLAN_NAME
     if plan_path.is_file():
         if json.loads(plan_path.read_text()) != json.loads(json.dumps(plan)):
-            raise _occupied(out, "an unfinished pack of another source or with other options")
+            raise _occupied(out, f"an unfinished pack of {_OTHER}")
     else:
         foreign = sorted(path.name for path in out.iterdir() if path.name != _LOCK_NAME)
         if foreign:
@@ -231,12 +242,17 @@ def _join(out: Path, units: int, described: dict[str, Any]) -> PackReport:
         for part in parts:
             file.write((part / unit_files.UNIT_DROPPED_NAME).read_bytes())
     if kept == 0:
+        optional = (
+            "keep images without captions with --captions-optional; or "
+            if "missing caption" in dropped
+            else ""
+        )
         raise InputError(
             found=f"nothing was kept: {dict(dropped) or 'the source has no samples'} "
             f"(keys in {out / DROPPED_NAME})",
             required="at least one readable image with what the options ask for",
-            remedy="look at the dropped keys, correct the source or the options, and choose an "
-            "empty directory",
+            remedy=optional + "look at the dropped keys, correct the source or the options, and "
+            "choose an empty directory",
         )
     shards = [shard for part in parts for shard in _part_shards(part)]
     # Compact, unlike our other JSON: one entry per shard, hundred thousands of them in a large pack.

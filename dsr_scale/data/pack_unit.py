@@ -21,8 +21,16 @@ import numpy as np
 
 from dsr_scale.base.atomic_files import storage_errors
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
+from dsr_scale.data.rows import BAD_METADATA
 from dsr_scale.data.samples import COLUMNS, Sample, digest, to_columns
-from dsr_scale.data.sources import Dropped, RawSample, Source, SourceOptions, Unit
+from dsr_scale.data.sources import (
+    Dropped,
+    RawSample,
+    Source,
+    SourceOptions,
+    Unit,
+    source_errors,
+)
 from dsr_scale.data.transforms import UnreadableImage, reencode_image, verified_size
 
 TEMPORARY_PREFIX = ".packing-"
@@ -72,13 +80,15 @@ def part_name(number: int) -> str:
 def pack_unit(source: Source, unit: Unit, number: int, out: Path, options: PackOptions) -> int:
     """Packs unit `number` to `out/part-NNNNN`; returns how many samples it read.
 
-    Raises `InputError` when the disk is full or may not be written; nothing half-written stays.
+    Raises `InputError` when the disk is full, or the source or `out` may not be used; nothing
+    half-written stays.
     """
     temporary = out / f"{TEMPORARY_PREFIX}{part_name(number)}-{os.getpid()}"
     with storage_errors(out):
         temporary.mkdir()
     try:
-        read = _write_part(source.read(unit), temporary, options)
+        with source_errors():
+            read = _write_part(source.read(unit), temporary, options)
         with storage_errors(out):
             _flush_to_disk(temporary)
             temporary.rename(out / part_name(number))
@@ -99,10 +109,14 @@ def _write_part(
         if isinstance(sample, Dropped):
             dropped.append(sample)
             continue
+        try:
+            digests.append(digest(sample))
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            dropped.append(Dropped(sample.key, BAD_METADATA, f"no Unicode text ({error})"))
+            continue
         with storage_errors(directory):
             writer = writer or _open_writer(directory, options)
             writer.write(to_columns(sample))
-        digests.append(digest(sample))
         sizes.append((sample.height, sample.width))
         short_sides[min(sizes[-1])] += 1
         caption_lengths.update(len(caption.text) for caption in sample.captions)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.data.samples import Caption
+from dsr_scale.data.samples import Caption, UnusableRecord
 from dsr_scale.data.sources import Dropped, RawSample, SourceOptions
 
 _IMAGE_COLUMNS = (
@@ -29,6 +30,9 @@ _IMAGE_COLUMNS = (
 )
 _CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
 _KEY_COLUMNS = ("key", "id", "__key__")
+
+BAD_CAPTION = "bad caption"
+BAD_METADATA = "bad metadata"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,10 @@ class RowColumns:
 def row_to_sample(
     row: Mapping[str, Any], columns: RowColumns, *, default_key: str, root: Path
 ) -> RawSample | Dropped:
-    """Reads the image if the row has only its path. Raises `InputError` for values of wrong type."""
+    """Reads the image if the row has only its path.
+
+    Raises `InputError` for an image column of the wrong type.
+    """
     value = row.get(columns.image)
     key = default_key if columns.key is None else str(row.get(columns.key))
     if isinstance(value, Mapping):
@@ -81,11 +88,14 @@ def row_to_sample(
             required="a path, encoded bytes, or a record of bytes and path",
             remedy="name another image column with the option",
         )
-    captions = [
-        caption
-        for name in columns.captions
-        for caption in parse_captions(row.get(name), name, default_key)
-    ]
+    try:
+        captions = [
+            caption
+            for name in columns.captions
+            for caption in parse_captions(row.get(name), name, key)
+        ]
+    except UnusableRecord as error:
+        return Dropped(error.key, error.reason, error.detail)
     used = {columns.image, columns.key, *columns.captions}
     metadata = {
         name: content
@@ -95,33 +105,64 @@ def row_to_sample(
     return RawSample(key, image, tuple(captions), metadata)
 
 
-def parse_captions(value: Any, source: str, where: str) -> list[Caption]:
-    """Captions from a text, a list of texts, or a list of {text, source, weight} records."""
+def parse_captions(value: Any, source: str, key: str) -> list[Caption]:
+    """Captions from a text, a list of texts, or a list of {text, source, weight} records.
+
+    `source` names the column, `key` the sample. Raises `UnusableRecord` for anything else.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, str):
-        text = value.strip()
+        text = _checked(value, key)
         return [Caption(text, source)] if text else []
     if isinstance(value, Mapping):
         weight = value.get("weight", 1.0)
         text = value.get("text")
-        if isinstance(text, str) and isinstance(weight, int | float) and 0 < weight < math.inf:
-            kept = text.strip()
+        if (
+            isinstance(text, str)
+            and isinstance(weight, int | float)
+            and 0 < weight <= sys.float_info.max
+        ):
+            kept = _checked(text, key)
             name = str(value.get("source", source))
             return [Caption(kept, name, float(weight))] if kept else []
     elif isinstance(value, Sequence):
-        return [caption for item in value for caption in parse_captions(item, source, where)]
-    raise InputError(
-        found=f"{source} of {where} holds {value!r:.80}",
-        required="a text, or a list of texts or of {text, source, weight > 0}",
-        remedy="correct the captions, or name another column",
+        return [caption for item in value for caption in parse_captions(item, source, key)]
+    raise UnusableRecord(
+        key,
+        BAD_CAPTION,
+        f"{source} holds {value!r:.80}, not a text, nor a list of texts or of "
+        "{text, source, weight > 0}",
     )
 
 
-def parse_caption_lines(text: bytes) -> tuple[Caption, ...]:
-    """One caption for each line that is not blank. Raises `UnicodeDecodeError` if not UTF-8."""
-    lines = (line.strip() for line in text.decode("utf-8").splitlines())
+def parse_caption_lines(text: bytes, key: str) -> tuple[Caption, ...]:
+    """One caption for each line that is not blank. Raises `UnusableRecord` if not UTF-8."""
+    try:
+        lines = [line.strip() for line in text.decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UnusableRecord(key, BAD_CAPTION, f"not UTF-8 ({error})") from error
     return tuple(Caption(line, "text") for line in lines if line)
+
+
+def parse_metadata(content: bytes, key: str) -> dict[str, Any]:
+    """A JSON object. Raises `UnusableRecord` for anything else."""
+    try:
+        metadata = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnusableRecord(key, BAD_METADATA, f"not JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise UnusableRecord(key, BAD_METADATA, f"{metadata!r:.80}, not a JSON object")
+    return metadata
+
+
+def _checked(text: str, key: str) -> str:
+    """The text without blanks around it. JSON can spell half a surrogate pair, which no text is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRecord(key, BAD_CAPTION, f"no Unicode text ({error})") from error
+    return text.strip()
 
 
 _NOT_JSON = object()

@@ -51,6 +51,22 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+class UnusableRecord(Exception):
+    """One sample's record is damaged: packing drops the sample, training replaces it.
+
+    `reason` is one of a few words, so that it can be counted; `detail` is free.
+    """
+
+    def __init__(self, key: str, reason: str, detail: str = "") -> None:
+        self.key = key
+        self.reason = reason
+        self.detail = detail
+        super().__init__(key, reason, detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
 class Samples(Protocol):
     """Random access to a data set. Implementations survive being forked or pickled to workers."""
 
@@ -67,7 +83,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, sample_id: int) -> Sample:
-        """The sample with this id, 0 ≤ id < N."""
+        """The sample with this id, 0 ≤ id < N. Raises `UnusableRecord` for a damaged one."""
         ...
 
 

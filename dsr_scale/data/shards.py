@@ -7,9 +7,11 @@ process layout. Here a store is a table of shards and one seek per sample; it ho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,8 @@ class ShardStore:
         path = self._files.path(name, lambda fetched: _verify_shard(fetched, shard))
         if number not in self._readers:
             root = str(path).removesuffix(name)
-            self._readers[number] = _reader_from_json()(root, None, shard)
+            with _index_errors(self._files.url(INDEX_NAME)):
+                self._readers[number] = _reader_from_json()(root, None, shard)
         return self._readers[number]
 
     def _verify_sizes(self, path: Path) -> None:
@@ -152,16 +155,11 @@ def _read_tables(location: str) -> tuple[Manifest, list[dict[str, Any]]]:
     """Manifest and shard table, checked for completeness and columns."""
     read = _fetch_table if is_remote(location) else _read_local_table
     text = read(location, INDEX_NAME)
-    try:
+    with _index_errors(f"{location}/{INDEX_NAME}"):
         shards = json.loads(text)["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            found=f"{location}/{INDEX_NAME} is no shard index ({error})",
-            required="the index that packing wrote",
-            remedy="pack the data again, or restore the file from a copy of the pack",
-        ) from error
-    for shard in shards:
-        _require_columns(location, shard)
+        for shard in shards:
+            _require_columns(location, shard)
+            _require_fields(shard)
     return parse_manifest(read(location, MANIFEST_NAME), f"{location}/{MANIFEST_NAME}"), shards
 
 
@@ -207,6 +205,34 @@ def _require_columns(location: str, shard: dict[str, Any]) -> None:
         + ", ".join(f"{name}: {kind}" for name, kind in COLUMNS.items()),
         remedy="pack the original data with `dsr-scale pack`",
     )
+
+
+def _require_fields(shard: dict[str, Any]) -> None:
+    """Raises what `_index_errors` turns into words unless all that is used here is there."""
+    info = shard["raw_data"]
+    for number in (shard["samples"], info["bytes"]):
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{number!r} is no number of samples or bytes")
+    for algorithm, expected in info["hashes"].items():
+        if not isinstance(expected, str):
+            raise ValueError(f"{expected!r} is no {algorithm} hash")
+    if not isinstance(info["basename"], str):
+        raise ValueError(f"{info['basename']!r} is no file name")
+
+
+@contextlib.contextmanager
+def _index_errors(where: str) -> Iterator[None]:
+    """Turns what a damaged index causes when it is used into an error a person can act on."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise InputError(
+            found=f"{where} is no shard index ({type(error).__name__}: {error})",
+            required="the index that packing wrote",
+            remedy="pack the data again, or restore the file from a copy of the pack",
+        ) from error
 
 
 def _require_whole_files(directory: Path, shards: list[dict[str, Any]]) -> None:

@@ -6,14 +6,13 @@ included; a sample's key is its path below the folder, without the ending.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.data.rows import parse_caption_lines
-from dsr_scale.data.samples import Caption
+from dsr_scale.data.rows import parse_caption_lines, parse_metadata
+from dsr_scale.data.samples import UnusableRecord
 from dsr_scale.data.sources import (
     IMAGE_SUFFIXES,
     Dropped,
@@ -22,6 +21,8 @@ from dsr_scale.data.sources import (
     Unit,
     name_some,
 )
+
+_SIDECAR_SUFFIXES = (".txt", ".json")
 
 
 class FolderSource:
@@ -34,7 +35,8 @@ class FolderSource:
         self._unit_samples = options.unit_samples
         images: dict[str, list[str]] = {}
         texts: set[str] = set()
-        for parent, folders, names in os.walk(directory):
+        beside: list[tuple[str, str]] = []
+        for parent, folders, names in os.walk(directory, onerror=_raise):
             folders.sort()
             below = Path(parent).relative_to(directory)
             for name in names:
@@ -42,8 +44,10 @@ class FolderSource:
                 key = (below / name.removesuffix(suffix)).as_posix()
                 if suffix.lower() in IMAGE_SUFFIXES:
                     images.setdefault(key, []).append(key + suffix)
-                elif suffix.lower() == ".txt":
-                    texts.add(key)
+                elif suffix.lower() in _SIDECAR_SUFFIXES:
+                    beside.append((key, key + suffix))
+                    if suffix.lower() == ".txt":
+                        texts.add(key)
         doubled = [name for names in images.values() if len(names) > 1 for name in sorted(names)]
         if doubled:
             raise InputError(
@@ -60,7 +64,10 @@ class FolderSource:
             )
         orphans = [(key, None) for key in texts - images.keys()]
         self._entries = sorted([*((key, names[0]) for key, names in images.items()), *orphans])
-        self.files = [directory / name for _, name in self._entries if name is not None]
+        wanted = texts | images.keys()  # a JSON file of its own is no part of the source
+        names = [name for _, name in self._entries if name is not None]
+        names += [name for key, name in beside if key in wanted]
+        self.files = [directory / name for name in sorted(names)]
 
     def units(self) -> list[Unit]:
         """Slices of `unit_samples` entries of the sorted listing."""
@@ -77,12 +84,13 @@ class FolderSource:
                 yield Dropped(key, "missing image", f"{key}.txt has no image")
                 continue
             image = self._directory / name
+            text, description = _beside(image, ".txt"), _beside(image, ".json")
             try:
-                captions = _captions(image)
-            except UnicodeDecodeError as error:
-                yield Dropped(key, "caption is not UTF-8", str(error))
+                captions = parse_caption_lines(text, key) if text is not None else ()
+                metadata = parse_metadata(description, key) if description is not None else {}
+            except UnusableRecord as error:
+                yield Dropped(error.key, error.reason, error.detail)
                 continue
-            metadata = _metadata(image.with_suffix(".json"))
             yield RawSample(key, image.read_bytes(), captions, metadata)
 
     def missing_images(self) -> list[str]:
@@ -94,27 +102,10 @@ class FolderSource:
         return {**self.__dict__, "_entries": [], "files": []}
 
 
-def _captions(image: Path) -> tuple[Caption, ...]:
-    path = image.with_suffix(".txt")
-    return parse_caption_lines(path.read_bytes()) if path.is_file() else ()
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would skip a folder that it may not list
 
 
-def _metadata(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        return {}
-    return parse_metadata(path.read_bytes(), str(path))
-
-
-def parse_metadata(content: bytes, where: str) -> dict[str, object]:
-    """A JSON object; raises `InputError` for anything else."""
-    try:
-        metadata = json.loads(content)
-    except ValueError as error:
-        metadata = error
-    if not isinstance(metadata, dict):
-        raise InputError(
-            found=f"{where} holds {metadata!r:.80}",
-            required="one JSON object of metadata",
-            remedy="correct or remove the file",
-        )
-    return metadata
+def _beside(image: Path, suffix: str) -> bytes | None:
+    path = image.with_suffix(suffix)
+    return path.read_bytes() if path.is_file() else None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dsr_scale.data.samples import UnusableRecord
 from dsr_scale.data.sources import Dropped, RawSample, Unit
 from dsr_scale.data.tar_members import captions_and_metadata, scan_tar
 
@@ -26,19 +27,17 @@ class TarSource:
         """The samples of one tar in order."""
         path = Path(unit.path)
         with path.open("rb") as file:
-            for entry in scan_tar(path):
+            for entry in scan_tar(file, unit.path):
                 if entry.image is None:
                     present = ", ".join(entry.suffixes)
                     yield Dropped(entry.key, "missing image", f"has only {present}")
                     continue
                 try:
                     captions, metadata = captions_and_metadata(
-                        _read(file, entry.text),
-                        _read(file, entry.metadata),
-                        f"{entry.key} in {path.name}",
+                        _read(file, entry.text), _read(file, entry.metadata), entry.key
                     )
-                except UnicodeDecodeError as error:
-                    yield Dropped(entry.key, "caption is not UTF-8", str(error))
+                except UnusableRecord as error:
+                    yield Dropped(error.key, error.reason, error.detail)
                     continue
                 yield RawSample(entry.key, _read(file, entry.image) or b"", captions, metadata)
 

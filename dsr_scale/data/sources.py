@@ -8,6 +8,7 @@ unit and the result does not depend on how many processes worked on it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,7 @@ class Source(Protocol):
 
     kind: str
     files: list[Path]
+    """What was found at the source's location, captions beside images included."""
 
     def units(self) -> list[Unit]:
         """All units in order."""
@@ -83,6 +85,19 @@ class Source(Protocol):
     def missing_images(self) -> list[str]:
         """Names of images that captions refer to and that are not there."""
         ...
+
+
+@contextlib.contextmanager
+def source_errors() -> Iterator[None]:
+    """Turns a refused read of a source's file into an error a person can act on."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(
+            found=f"no permission to read {error.filename or error}",
+            required="a source of which this user may read every file",
+            remedy="change the permissions of that file or folder, or leave it out of the source",
+        ) from error
 
 
 _SUFFIX_KINDS: dict[str, Kind] = {

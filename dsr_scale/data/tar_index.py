@@ -44,6 +44,11 @@ class TarIndex(NamedTuple):
     stamp: np.ndarray
     """int64 [3]: format version, and the tar's bytes and time of change when it was scanned."""
 
+    @property
+    def tar_bytes(self) -> int:
+        """Size of the tar when it was scanned."""
+        return int(self.stamp[1])
+
     def digest(self) -> bytes:
         """Names the tar's contents as far as the index sees them."""
         state = hashlib.sha256()
@@ -60,7 +65,8 @@ def index_path(directory: Path, name: str) -> Path:
 def ensure_indexes(files: FileStore, names: Sequence[str], directory: Path) -> None:
     """Scans every tar that has no current index, in several processes.
 
-    Raises `InputError` for a damaged tar or a directory that cannot be written.
+    Raises `InputError` for a damaged tar, a directory that cannot be written, or a cache limit that
+    does not hold one of the tars.
     """
     if all(_is_current(files, name, directory) for name in names):
         return
@@ -73,22 +79,30 @@ def ensure_indexes(files: FileStore, names: Sequence[str], directory: Path) -> N
             remedy="set data.cache_directory to a directory that can be written",
         ) from error
     with locked(directory / ".lock"):
-        waiting = [
-            (files, name, directory) for name in names if not _is_current(files, name, directory)
-        ]
-        processes = min(_PROCESSES, os.cpu_count() or 1, len(waiting))
-        if processes <= 1:
-            for arguments in waiting:
-                _index_tar(*arguments)
-            return
-        with ProcessPoolExecutor(
-            processes,
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=tie_to_parent,
-            initargs=(os.getpid(),),
-        ) as pool:
-            for future in [pool.submit(_index_tar, *arguments) for arguments in waiting]:
+        _index_all(
+            [(files, name, directory) for name in names if not _is_current(files, name, directory)]
+        )
+
+
+def _index_all(waiting: list[tuple[FileStore, str, Path]]) -> None:
+    processes = min(_PROCESSES, os.cpu_count() or 1, len(waiting))
+    if processes <= 1:
+        for arguments in waiting:
+            _index_tar(*arguments)
+        return
+    with ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=tie_to_parent,
+        initargs=(os.getpid(),),
+    ) as pool:
+        futures = [pool.submit(_index_tar, *arguments) for arguments in waiting]
+        try:
+            for future in futures:
                 future.result()
+        except BaseException:  # do not fetch a thousand tars before saying what is wrong
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def load_index(directory: Path, name: str) -> TarIndex:
@@ -103,22 +117,24 @@ def _is_current(files: FileStore, name: str, directory: Path) -> bool:
         return False
     with np.load(path) as stored:
         stamp = stored["stamp"]
+    if stamp[0] != _VERSION:
+        return False
     # What lies behind a URL is taken to stay as it is; asking for every tar would cost a round trip.
-    return files.remote or np.array_equal(stamp, _stamp(files.path(name)))
+    return files.remote or np.array_equal(stamp, _stamp(files.path(name).stat()))
 
 
-def _stamp(path: Path) -> np.ndarray:
-    status = path.stat()
+def _stamp(status: os.stat_result) -> np.ndarray:
     return np.array([_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
 
 
 def _index_tar(files: FileStore, name: str, directory: Path) -> None:
-    path = files.path(name)
-    stamp = _stamp(path)
     entries: list[TarEntry] = []
     sizes: list[tuple[int, int]] = []
-    with path.open("rb") as file:
-        for entry in scan_tar(path):
+    # Opened once: indexing others at the same time may evict it from a small cache.
+    with files.open(name) as file:
+        status = os.fstat(file.fileno())
+        files.require_room_for(status.st_size)
+        for entry in scan_tar(file, files.url(name)):
             entries.append(entry)
             sizes.append(_image_size(file, entry.image))
     spans = [
@@ -131,7 +147,7 @@ def _index_tar(files: FileStore, name: str, directory: Path) -> None:
         keys=np.array([entry.key for entry in entries], dtype=np.str_),
         spans=np.array(spans, dtype=np.int64).reshape(-1, 3, 2),
         sizes=np.array(sizes, dtype=np.uint32).reshape(-1, 2),
-        stamp=stamp,
+        stamp=_stamp(status),
     )
     write_bytes(index_path(directory, name), buffer.getvalue())
 

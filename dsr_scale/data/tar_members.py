@@ -9,13 +9,11 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.data.rows import parse_caption_lines, parse_captions
+from dsr_scale.data.rows import parse_caption_lines, parse_captions, parse_metadata
 from dsr_scale.data.samples import Caption
-from dsr_scale.data.source_folders import parse_metadata
 from dsr_scale.data.sources import IMAGE_SUFFIXES
 
 
@@ -30,11 +28,14 @@ class TarEntry:
     suffixes: list[str] = field(default_factory=list)
 
 
-def scan_tar(path: Path) -> Iterator[TarEntry]:
-    """The samples of an uncompressed tar in order. Raises `InputError` for a damaged file."""
+def scan_tar(file: BinaryIO, name: str) -> Iterator[TarEntry]:
+    """The samples of an open, uncompressed tar in order; the caller may seek between two of them.
+
+    Raises `InputError`, with the tar's `name`, for a damaged file.
+    """
     entry: TarEntry | None = None
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if not member.isfile():
                     continue
@@ -48,7 +49,7 @@ def scan_tar(path: Path) -> Iterator[TarEntry]:
             yield entry
     except (tarfile.TarError, EOFError) as error:
         raise InputError(
-            found=f"{path} is no whole, uncompressed tar ({error})",
+            found=f"{name} is no whole, uncompressed tar ({error})",
             required="tars in webdataset layout",
             remedy="fetch the file again; unpack compressed tars first",
         ) from error
@@ -62,16 +63,16 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def captions_and_metadata(
-    text: bytes | None, metadata: bytes | None, where: str
+    text: bytes | None, metadata: bytes | None, key: str
 ) -> tuple[tuple[Caption, ...], dict[str, Any]]:
     """Captions from the text member, one for each line, or else from the metadata's `caption`.
 
-    Raises `UnicodeDecodeError` for text that is not UTF-8.
+    Raises `UnusableRecord` for captions or metadata that cannot be read.
     """
-    content = {} if metadata is None else parse_metadata(metadata, where)
+    content = {} if metadata is None else parse_metadata(metadata, key)
     if text is not None:
-        return parse_caption_lines(text), content
-    return tuple(parse_captions(content.get("caption"), "caption", where)), content
+        return parse_caption_lines(text, key), content
+    return tuple(parse_captions(content.get("caption"), "caption", key)), content
 
 
 def _place(entry: TarEntry, suffix: str, span: tuple[int, int]) -> None:

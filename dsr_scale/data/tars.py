@@ -25,7 +25,6 @@ from dsr_scale.data.tar_index import ABSENT, TarIndex, ensure_indexes, load_inde
 from dsr_scale.data.tar_members import captions_and_metadata
 
 _LOADED_INDEXES = 64
-_OPEN_ATTEMPTS = 5
 
 
 class TarStore:
@@ -47,6 +46,7 @@ class TarStore:
             self._index_directory = Path(config.cache_directory) / "dsr_scale_tar_index" / name
         ensure_indexes(self._files, names, self._index_directory)
         indexes = [load_index(self._index_directory, name) for name in names]
+        self._files.require_room_for(max(index.tar_bytes for index in indexes))
         counts = np.array([len(index.keys) for index in indexes], dtype=np.int64)
         state = hashlib.sha256()
         for name, index in zip(names, indexes, strict=True):
@@ -81,7 +81,10 @@ class TarStore:
         return self._sizes
 
     def read(self, sample_id: int) -> Sample:
-        """Reads one sample, fetching its tar if it is remote and not cached."""
+        """Reads one sample, fetching its tar if it is remote and not cached.
+
+        Raises `UnusableRecord` for captions or metadata that cannot be read.
+        """
         if not 0 <= sample_id < self._count:
             raise IndexError(f"sample {sample_id} of {self._count}")
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
@@ -89,34 +92,25 @@ class TarStore:
         index = self._index(number)
         key = str(index.keys[within])
         image, text, metadata = self._members(number, index.spans[within].tolist())
-        where = f"{key} in {self._files.url(self._names[number])}"
-        try:
-            captions, content = captions_and_metadata(text, metadata, where)
-        except UnicodeDecodeError:  # without a caption, the loader names and replaces the sample
-            captions, content = (), {}
+        captions, content = captions_and_metadata(text, metadata, key)
         height, width = index.sizes[within].tolist()
         return Sample(image or b"", captions, width, height, key, content)
 
     def _members(self, number: int, spans: list[list[int]]) -> list[bytes | None]:
-        for _ in range(_OPEN_ATTEMPTS):
-            try:
-                descriptor = os.open(self._files.path(self._names[number]), os.O_RDONLY)
-            except FileNotFoundError:
-                if self._files.remote:
-                    continue  # evicted by a neighbour between fetching and opening
-                break
-            try:
-                return [
-                    None if offset == ABSENT else os.pread(descriptor, size, offset)
-                    for offset, size in spans
-                ]
-            finally:
-                os.close(descriptor)
-        raise InputError(
-            found=f"{self._files.url(self._names[number])} is missing",
-            required="every tar that was there when the run began",
-            remedy="copy the tar again",
-        )
+        name = self._names[number]
+        try:
+            file = self._files.open(name)
+        except FileNotFoundError as error:
+            raise InputError(
+                found=f"{self._files.url(name)} is missing",
+                required="every tar that was there when the run began",
+                remedy="copy the tar again",
+            ) from error
+        with file:
+            return [
+                None if offset == ABSENT else os.pread(file.fileno(), size, offset)
+                for offset, size in spans
+            ]
 
     def _cached_index(self) -> Any:
         load = functools.partial(_load_numbered, self._index_directory, self._names)

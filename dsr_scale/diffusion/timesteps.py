@@ -35,14 +35,6 @@ def timesteps_from_normal(normal: Tensor, config: TimestepsConfig, alpha: float)
     return shift_timesteps(t, alpha).float()
 
 
-def draw_timesteps(
-    count: int, config: TimestepsConfig, alpha: float, generator: torch.Generator
-) -> Tensor:
-    """`count` shifted timesteps [count] from one generator, on its device."""
-    normal = torch.randn(count, generator=generator, device=generator.device, dtype=torch.float64)
-    return timesteps_from_normal(normal, config, alpha)
-
-
 def draw_sample_timesteps(
     config: TimestepsConfig,
     alpha: float,

@@ -34,12 +34,17 @@ class Location(NamedTuple):
 
 
 def locate(
-    model: str, revision: str | None = None, *, files: Sequence[str] = ("config.json",)
+    model: str,
+    revision: str | None = None,
+    *,
+    files: Sequence[str] = ("config.json",),
+    name: str | None = None,
 ) -> Location:
     """Resolves `model` of a config; local directories must hold `files`.
 
-    Raises InputError for a package that is not installed, a directory that does not exist or lacks
-    a file, and a revision given for something that is not a hub name.
+    With `name`, what a local copy is of, `revision` is that of the copy. Raises InputError for a
+    package that is not installed, a directory that does not exist or lacks a file, and a revision
+    given for a directory without a name.
     """
     if model.startswith(PACKAGE_SCHEME):
         directory = _inside_package(model)
@@ -53,14 +58,14 @@ def locate(
             required="a directory with weights, a hub name (owner/name) or package:NAME/PATH",
             remedy="correct the path, or put the weights there",
         )
-    for name in files:
-        if not (directory / name).is_file():
+    for file in files:
+        if not (directory / file).is_file():
             raise InputError(
-                found=f"{directory} without {name}",
+                found=f"{directory} without {file}",
                 required=f"a directory as save_pretrained writes it, with {', '.join(files)}",
                 remedy="give the directory that holds these files, or download the model again",
             )
-    if revision is not None:
+    if revision is not None and name is None:
         raise InputError(
             found=f"revision {revision} for {model}, which is a local directory",
             required="a revision only for hub names",

@@ -24,7 +24,7 @@ class StatisticsIdentity:
     """What latents the statistics are of."""
 
     encoder: str
-    """`encoders.image.model` as the config writes it."""
+    """What the encoder is called: `encoders.image.name`, or else `encoders.image.model`."""
     revision: str | None
     """Commit of the hub repository, if pinned."""
     resolution: int

@@ -1,8 +1,10 @@
 """Caption tokens from a frozen language model: encoder-only, or decoder-only read as an encoder.
 
-Captions are padded on the right to one fixed length, so that what a caption gives does not depend
-on the longest one beside it. Results are kept in host memory without their padding, least recently
-used first out: a caption seen again costs a copy instead of a forward pass.
+Captions are padded on the right to one fixed length, and run in chunks of one fixed number of them:
+libraries choose kernels by size, and only equal sizes give equal bits. So what a caption gives does
+not depend on its neighbours, nor on which of them were cached (after a resume none is). The price is
+up to `CHUNK_CAPTIONS` − 1 empty captions per call. Results are kept in host memory without their padding, least recently used first out: a caption
+seen again costs a copy instead of a forward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
-from dsr_scale.config.encoders import TransformersText
+from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
 from dsr_scale.encoders.contract import TextTokens
 from dsr_scale.encoders.loading import (
     TORCH_DTYPES,
@@ -27,7 +29,8 @@ from dsr_scale.encoders.loading import (
 )
 from dsr_scale.encoders.locate import Location, locate
 
-PLACEHOLDER = "{caption}"
+CHUNK_CAPTIONS = 16
+"""Captions in every forward pass: enough to fill a GPU, few enough that one prompt is cheap."""
 
 
 class TransformersEncoder:
@@ -36,12 +39,6 @@ class TransformersEncoder:
     def __init__(self, config: TransformersText, *, device: torch.device) -> None:
         self.config = config
         self.device = device
-        if PLACEHOLDER not in config.template:
-            raise InputError(
-                found=f"encoders.text.template = {config.template!r}",
-                required=f"a template with {PLACEHOLDER} where the caption goes",
-                remedy=f"add {PLACEHOLDER} to the template",
-            )
         location = locate(config.model, config.revision)
         model_config = _text_config(location)
         self.layer = _checked_layer(config, model_config, location)
@@ -71,10 +68,17 @@ class TransformersEncoder:
         tokens = torch.cat([part[0] for part in parts])[rows.to(self.device)]
         return TextTokens(tokens, _prefix_mask(length, self.config.max_length))
 
-    @torch.no_grad()
     def _run(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Features [N,L,C] on the device and token counts [N] on the host."""
-        texts = [self.config.template.replace(PLACEHOLDER, caption) for caption in captions]
+        padded = [*captions, *[""] * (-len(captions) % CHUNK_CAPTIONS)]
+        starts = range(0, len(padded), CHUNK_CAPTIONS)
+        chunks = [self._run_chunk(padded[start : start + CHUNK_CAPTIONS]) for start in starts]
+        features, lengths = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return features[: len(captions)], lengths[: len(captions)]
+
+    @torch.no_grad()
+    def _run_chunk(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        texts = [self.config.template.replace(CAPTION_PLACEHOLDER, caption) for caption in captions]
         batch = self.tokenizer(
             texts,
             padding="max_length",

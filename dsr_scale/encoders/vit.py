@@ -58,7 +58,12 @@ class VitEncoder:
         self.device = device
         self.geometry = vit_geometry(config)
         latent_grid(EncodersConfig(image=config), resolution, resolution, resolution)
-        location = locate(config.model, config.revision, files=("config.json", PROCESSOR_FILE))
+        location = locate(
+            config.model,
+            config.revision,
+            files=("config.json", PROCESSOR_FILE),
+            name=config.name,
+        )
         self.whitening = load_whitening(config, resolution=resolution, device=device)
         vit_config = _vision_config(location)
         require_equal(

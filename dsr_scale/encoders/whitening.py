@@ -55,7 +55,8 @@ def load_whitening(image: VitImage, *, resolution: int, device: torch.device) ->
     if image.statistics is None:
         return None
     path = Path(image.statistics).expanduser()
-    statistics = load_statistics(path, StatisticsIdentity(image.model, image.revision, resolution))
+    identity = StatisticsIdentity(image.known_as, image.revision, resolution)
+    statistics = load_statistics(path, identity)
     grid = latent_grid(EncodersConfig(image=image), resolution, resolution, resolution)
     require_shape(path, statistics, vit_geometry(image).channels, grid)
     return Whitening(statistics.mean, statistics.variance, device)

@@ -1,7 +1,8 @@
 """An exported model: one directory with weights, the network's shape, and what surrounds it.
 
-    model.safetensors   weights in the bundle's dtype, by parameter name
-    bundle.json         shape, diffusion settings, encoder and decoder references, provenance
+    model.safetensors               weights in the bundle's dtype, by parameter name
+    bundle.json                     shape, diffusion settings, encoder references, provenance
+    latent_statistics.safetensors   of a whitened ViT encoder: the decoder undoes them
 
 Frozen encoders are referenced by name and revision, not copied. The whole of it is read without
 DeepSpeed, megatron-core or streaming.
@@ -23,12 +24,13 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.checkpoint import directory, tensors
 from dsr_scale.config.derive import ModelShape
 from dsr_scale.config.diffusion import DiffusionConfig, SamplingConfig
-from dsr_scale.config.encoders import EncodersConfig
+from dsr_scale.config.encoders import EncodersConfig, VitImage
 from dsr_scale.config.section import Section
 from dsr_scale.model.build import build_on_meta
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "bundle.json"
+STATISTICS_FILE = "latent_statistics.safetensors"
 FORMAT = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,17 +72,16 @@ def export_run(
 ) -> BundleDescription:
     """Writes the bundle of a run's checkpoint, the newest unless `step` is given.
 
-    Reads in one process whatever number of ranks saved, one tensor group at a time: memory is
-    bounded by the model, not by the optimizer. Raises InputError for a missing checkpoint, one of
+    Reads in one process whatever number of ranks saved, one tensor group at a time: memory is the
+    model in fp32 and in `dtype`, never the optimizer. Raises InputError for a missing checkpoint, one of
     another model, or a directory that cannot be written.
     """
-    from safetensors.torch import save
-
     checkpoint = directory.find_checkpoint(run_directory, step)
     atomic_files.require_writable_directory(out)
     state = directory.read_run_state(checkpoint)
     shape = ModelShape.model_validate(state["model_shape"])
     config = state["config"]
+    encoders = EncodersConfig.model_validate(config["encoders"])
     description = BundleDescription(
         format=FORMAT,
         written_by=f"dsr-scale {__version__}",
@@ -89,7 +90,7 @@ def export_run(
         shape=shape,
         diffusion=DiffusionConfig.model_validate(config["diffusion"]),
         timestep_shift=state["timestep_shift"],
-        encoders=EncodersConfig.model_validate(config["encoders"]),
+        encoders=_with_statistics(encoders, STATISTICS_FILE),
         sampling=SamplingConfig.model_validate(config["grid"]["sampling"]),
         provenance=Provenance(
             run_name=config["name"],
@@ -102,12 +103,52 @@ def export_run(
     )
     model = build_on_meta(shape).to_empty(device="cpu")
     load_checkpoint_weights(checkpoint, model, weights)
-    content = {
-        name: tensor.contiguous() for name, tensor in model.to(DTYPES[dtype]).state_dict().items()
-    }
-    atomic_files.write_bytes(out / WEIGHTS_FILE, save(content, metadata={"format": "pt"}))
+    # Without its description a directory is no bundle: an export cut short leaves none.
+    (out / DESCRIPTION_FILE).unlink(missing_ok=True)
+    _copy_statistics(encoders, out)
+    _write_weights(out / WEIGHTS_FILE, model.to(DTYPES[dtype]))
     atomic_files.write_json(out / DESCRIPTION_FILE, description.model_dump(mode="json"))
     return description
+
+
+def _write_weights(path: Path, model: nn.Module) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    content = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(content, temporary, metadata={"format": "pt"})
+        atomic_files.rename(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            found=f"{path} could not be written: {error}",
+            required="room for the weights, and permission to write them",
+            remedy="free space or choose another directory",
+        ) from error
+
+
+def _with_statistics(encoders: EncodersConfig, path: str) -> EncodersConfig:
+    """`encoders` whose latent statistics, if they have any, lie at `path`."""
+    image = encoders.image
+    if not isinstance(image, VitImage) or image.statistics is None:
+        return encoders
+    return encoders.model_copy(update={"image": image.model_copy(update={"statistics": path})})
+
+
+def _copy_statistics(encoders: EncodersConfig, out: Path) -> None:
+    image = encoders.image
+    if not isinstance(image, VitImage) or image.statistics is None:
+        return
+    source = Path(image.statistics)
+    if not source.is_file():
+        raise InputError(
+            found=f"no latent statistics at {source}",
+            required="the file the run was trained with, which its decoder needs",
+            remedy="export where that path is valid",
+        )
+    atomic_files.write_bytes(out / STATISTICS_FILE, source.read_bytes())
 
 
 @torch.no_grad()
@@ -136,7 +177,14 @@ def read_description(bundle: Path) -> BundleDescription:
             required="a directory written by dsr-scale export",
             remedy="export a run first: dsr-scale export RUN OUT",
         )
-    content: dict[str, Any] = json.loads(path.read_text())
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            found=f"{path} is damaged: {error}",
+            required="the file as dsr-scale export wrote it",
+            remedy="export the run again",
+        ) from error
     if content.get("format") != FORMAT:
         raise InputError(
             found=f"bundle format {content.get('format')} in {path}",
@@ -144,17 +192,20 @@ def read_description(bundle: Path) -> BundleDescription:
             remedy="export the run again with this version of dsr-scale",
         )
     try:
-        return BundleDescription.model_validate(content)
+        description = BundleDescription.model_validate(content)
     except ValidationError as error:
         raise InputError(
             found=f"{path} does not describe a bundle: {error}",
             required="the file as dsr-scale export wrote it",
             remedy="export the run again",
         ) from error
+    encoders = _with_statistics(description.encoders, str(bundle / STATISTICS_FILE))
+    return description.model_copy(update={"encoders": encoders})
 
 
 def read_model(bundle: Path, description: BundleDescription, device: torch.device) -> nn.Module:
     """The network of a bundle in evaluation mode. Raises InputError for weights that do not fit."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = bundle / WEIGHTS_FILE
@@ -165,12 +216,12 @@ def read_model(bundle: Path, description: BundleDescription, device: torch.devic
             remedy="export the run again",
         )
     model = build_on_meta(description.shape).to_empty(device="cpu").to(DTYPES[description.dtype])
-    problems = model.load_state_dict(load_file(path), strict=False)
-    if problems.missing_keys or problems.unexpected_keys:
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
         raise InputError(
-            found=f"{path} with missing {problems.missing_keys[:5]} and unknown "
-            f"{problems.unexpected_keys[:5]} weights",
-            required="the weights of the network in bundle.json",
+            found=f"{path} does not fit the network in {DESCRIPTION_FILE}: {error}",
+            required="the weights written with that description",
             remedy="export the run again",
-        )
+        ) from error
     return model.to(device).eval().requires_grad_(False)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.derive import ModelShape, latent_grid
+from dsr_scale.config.derive import ModelShape
 from dsr_scale.config.diffusion import DiffusionConfig, SamplingConfig
-from dsr_scale.config.encoders import EncodersConfig
+from dsr_scale.config.encoders import EncodersConfig, VitImage
 from dsr_scale.diffusion.guidance import (
     Velocity,
     branches_in_one_batch,
@@ -26,8 +26,13 @@ from dsr_scale.diffusion.guidance import (
 )
 from dsr_scale.diffusion.solvers import sample as solve
 from dsr_scale.diffusion.timesteps import draw_noise
-from dsr_scale.encoders.contract import Decoder, TextEncoder
-from dsr_scale.export.bundle import BundleDescription, read_description, read_model
+from dsr_scale.encoders.contract import (
+    Decoder,
+    TextEncoder,
+    build_decoder,
+    build_text_encoder,
+)
+from dsr_scale.export.bundle import read_description, read_model
 from dsr_scale.model.conditioning import Condition, concatenate
 
 
@@ -43,6 +48,8 @@ class Pipeline:
     """None for class conditioning."""
     decoder: Decoder
     device: torch.device
+    latent_space: str
+    """Encoder, channels and grid: models that share it may guide each other."""
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """What the network is conditioned on: captions, or class numbers written as text."""
@@ -136,25 +143,29 @@ class Pipeline:
 
 
 def load(bundle: str | Path, *, device: str = "auto") -> Pipeline:
-    """Opens an exported bundle on one device (`auto`: the first GPU, else the CPU)."""
+    """Opens an exported bundle on one device (`auto`: the first GPU, else the CPU).
+
+    Raises InputError for a bundle that is missing or damaged, or a GPU that is not there.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            found="no GPU that torch can use",
+            required=f"a CUDA device for --device {device}",
+            remedy="use --device cpu, or install a CUDA build of torch",
+        )
     chosen = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     path = Path(bundle)
     description = read_description(path)
-    return _assemble(description, read_model(path, description, chosen), chosen)
-
-
-def _assemble(description: BundleDescription, model: nn.Module, device: torch.device) -> Pipeline:
-    """A pipeline around a loaded network: builds its text encoder and decoder."""
     return build_pipeline(
-        model,
+        read_model(path, description, chosen),
         shape=description.shape,
         diffusion=description.diffusion,
         timestep_shift=description.timestep_shift,
         encoders=description.encoders,
         resolution=description.resolution,
-        device=device,
+        device=chosen,
     )
 
 
@@ -169,12 +180,10 @@ def build_pipeline(
     device: torch.device,
     text_encoder: TextEncoder | None = None,
 ) -> Pipeline:
-    """The same for a network in training, which may lend its loaded `text_encoder`.
+    """A pipeline around a loaded network; one in training may lend its loaded `text_encoder`.
 
     Raises InputError when the encoders name no decoder.
     """
-    from dsr_scale.encoders.contract import build_decoder, build_text_encoder
-
     decoder = build_decoder(encoders, resolution=resolution, device=device)
     if decoder is None:
         raise InputError(
@@ -184,5 +193,9 @@ def build_pipeline(
         )
     if text_encoder is None and shape.text_kind != "none":
         text_encoder = build_text_encoder(encoders.text, device=device)
-    assert shape.grid == latent_grid(encoders, resolution, resolution, resolution)
-    return Pipeline(model, shape, diffusion, timestep_shift, text_encoder, decoder, device)
+    image = encoders.image
+    name = image.known_as if isinstance(image, VitImage) else getattr(image, "model", image.kind)
+    latent_space = f"{name}, {shape.channels} channels on {shape.grid[0]}×{shape.grid[1]}"
+    return Pipeline(
+        model, shape, diffusion, timestep_shift, text_encoder, decoder, device, latent_space
+    )

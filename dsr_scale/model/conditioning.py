@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsr_scale.config.derive import BYTE_VOCABULARY, ModelShape
+from dsr_scale.config.derive import BYTE_LAYERS, BYTE_VOCABULARY, ModelShape
 from dsr_scale.config.model import ClassConditioning, QueryAdaLNConditioning
 from dsr_scale.model.block import ConnectorBlock, TextBlock
 from dsr_scale.model.layers import RMSNorm
 from dsr_scale.model.positions import sincos_1d
-
-BYTE_LAYERS = 2
-"""Blocks over a caption's bytes: a bag of bytes has no words, two layers of attention find them."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dsr_scale.base.random_keys import key
+from dsr_scale.config.derive import hidden_width, padded_hidden_width
 from dsr_scale.model.dit import DiT
-from dsr_scale.model.layers import (
-    SwiGLU,
-    TimestepEmbedder,
-    padded_hidden,
-    swiglu_hidden,
-)
+from dsr_scale.model.layers import SwiGLU, TimestepEmbedder
 
 Draw = Callable[[torch.Generator], Tensor]
 
@@ -109,7 +105,8 @@ def _published_linear(out_width: int, in_width: int, *, default: bool) -> tuple[
 def _swiglu(path: str, module: SwiGLU, *, default: bool) -> Iterator[tuple[str, Draw]]:
     """Draws the published shapes and pads them with zeros."""
     width = module.w3.out_features
-    hidden, padding = swiglu_hidden(width), padded_hidden(width) - swiglu_hidden(width)
+    hidden = hidden_width(width)
+    padding = padded_hidden_width(width) - hidden
     weight, bias = _published_linear(2 * hidden, width, default=default)
     yield f"{path}.w12.weight", lambda generator: pad_halves(weight(generator), padding)
     yield f"{path}.w12.bias", lambda generator: pad_halves(bias(generator), padding)

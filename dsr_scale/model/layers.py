@@ -7,8 +7,9 @@ heads works unchanged.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsr_scale.base.errors import InputError
-
-FREQUENCIES = 256
-"""Random Fourier frequencies of the timestep embedding."""
+from dsr_scale.config.derive import FREQUENCIES, padded_hidden_width
 
 
 class RMSNorm(nn.Module):
@@ -45,12 +44,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def _flash_function() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """flash-attn's attention on [B,N,h,d]; None where the package is missing or does not load."""
+    try:
+        return importlib.import_module("flash_attn").flash_attn_func
+    except ImportError:
+        return None
+
+
 def require_flash(device: torch.device) -> None:
     """Raises InputError where `attention: flash` cannot run; call it before expensive work."""
-    if importlib.util.find_spec("flash_attn") is None:
+    if _flash_function() is None:
         raise InputError(
-            found="model.attention = flash, but the package flash-attn is not installed",
-            required="flash-attn 2.7 or newer",
+            found="model.attention = flash, but the package flash-attn cannot be imported",
+            required="flash-attn 2.7 or newer, built for the installed torch",
             remedy="install the extra `flash`, or set model.attention to sdpa",
         )
     if device.type != "cuda":
@@ -59,23 +66,6 @@ def require_flash(device: torch.device) -> None:
             required="a CUDA device and bf16 or fp16 weights",
             remedy="set model.attention to sdpa",
         )
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn on [B,h,N,d]; its own layout is [B,N,h,d]."""
-    require_flash(q.device)
-    flash_attn: Any = importlib.import_module("flash_attn")
-    out = flash_attn.flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-def refuse_masked_flash() -> InputError:
-    """The error for flash-attn with padded text in the sequence."""
-    return InputError(
-        found="model.attention = flash with text in context, whose padding needs a mask",
-        required="an attention that takes a mask",
-        remedy="set model.attention to sdpa, or choose another model.conditioning.kind",
-    )
 
 
 class Attention(nn.Module):
@@ -92,6 +82,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = width // heads
         self.kind = kind
+        # Imported here: torch.compile cannot trace an import. A machine that only plans has none.
+        self.flash = _flash_function() if kind == "flash" else None
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
@@ -107,12 +99,19 @@ class Attention(nn.Module):
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.kind == "flash":
-            if mask is not None:
-                raise refuse_masked_flash()
-            out = _flash(q, k, v)
+            assert mask is None, "flash-attn takes no mask; check_shape refuses text in context"
+            out = self._flash(q, k, v)
         else:
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(-2))
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """flash-attn on [B,h,N,d]; its own layout is [B,N,h,d]."""
+        if self.flash is None or q.device.type != "cuda":
+            require_flash(q.device)
+        assert self.flash is not None
+        out = self.flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -133,18 +132,8 @@ class CrossAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(-2))
 
 
-def swiglu_hidden(width: int) -> int:
-    """Published hidden width of the SwiGLU, int(⅔·4·D)."""
-    return int(2 / 3 * 4 * width)
-
-
-def padded_hidden(width: int) -> int:
-    """The hidden width stored: the published one raised to a multiple of 128."""
-    return 128 * math.ceil(swiglu_hidden(width) / 128)
-
-
 class SwiGLU(nn.Module):
-    """w3(silu(a)·b) with [a,b] = w12(x), hidden width zero-padded to a multiple of 128.
+    """w3(silu(a)·b) with [a,b] = w12(x), hidden width zero-padded (`padded_hidden_width`).
 
     Odd widths such as 5461 lose the fast matrix kernels and do not split over ranks. The padding
     rows of w12 (at the end of a and of b) and columns of w3 are zero and get exactly zero gradient,
@@ -153,7 +142,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        hidden = padded_hidden(width)
+        hidden = padded_hidden_width(width)
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 

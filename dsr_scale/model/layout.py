@@ -30,11 +30,6 @@ class Rows(NamedTuple):
         return slice(0, self.registers)
 
     @property
-    def text_slice(self) -> slice:
-        """Where the text in context is."""
-        return slice(self.registers, self.registers + self.text)
-
-    @property
     def image_slice(self) -> slice:
         """Where the image tokens are."""
         return slice(self.registers + self.text, self.total)
@@ -63,10 +58,6 @@ class TokenLayout:
     def inside(self, block: int) -> Rows:
         """Rows that body block `block` works on and puts out."""
         return Rows(self.registers if block >= self.start else 0, self.text, self.image)
-
-    def before(self, block: int) -> Rows:
-        """Rows that arrive at body block `block`, before registers enter there."""
-        return self.inside(block - 1) if block > 0 else Rows(0, self.text, self.image)
 
     def registers_enter(self, block: int) -> bool:
         """Whether registers are prepended at the entrance of body block `block`."""

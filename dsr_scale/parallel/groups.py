@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,29 @@ class Ranks:
         dist.all_gather_object(gathered, items, group=self.host_group)
         return [item for rank_items in gathered for item in rank_items]
 
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Runs `action` on the first rank; all ranks get its result, or raise its error together.
+
+        Without this a rank that fails alone leaves the others waiting in their next collective.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        # Only errors of ours are known to survive the journey to other processes.
+        told = failure if isinstance(failure, InputError) else failure and repr(failure)
+        outcome: list[Any] = [(result, told)]
+        dist.broadcast_object_list(outcome, src=0, group=self.host_group)
+        result, told = outcome[0]
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise told if isinstance(told, InputError) else RuntimeError(f"on rank 0: {told}")
+        return cast("T", result)
+
 
 def place_from_environment(environment: Mapping[str, str]) -> Place:
     """Reads torchrun's variables, else srun's, else says that this is the only process.
@@ -73,7 +96,8 @@ def place_from_environment(environment: Mapping[str, str]) -> Place:
         return _torchrun_place(environment)
     # Only srun sets the step variables; a batch script itself has SLURM_PROCID=0 as well.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        host = environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"])
+        _require(environment, ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"))
+        host = environment.get("MASTER_ADDR") or _first_host(environment)
         port = environment.get("MASTER_PORT") or slurm_port(environment["SLURM_JOB_ID"])
         return Place(
             rank=int(environment["SLURM_PROCID"]),
@@ -90,15 +114,7 @@ def slurm_port(job_id: str) -> int:
 
 
 def _torchrun_place(environment: Mapping[str, str]) -> Place:
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in environment]
-    if missing:
-        present = [name for name in needed if name in environment]
-        raise InputError(
-            found=f"the environment has {', '.join(present)} but not {', '.join(missing)}",
-            required="all of " + ", ".join(needed),
-            remedy="start with torchrun or srun, or unset RANK and WORLD_SIZE to run one process",
-        )
+    _require(environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
     return Place(
         rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
@@ -107,24 +123,48 @@ def _torchrun_place(environment: Mapping[str, str]) -> Place:
     )
 
 
-def _first_host(nodelist: str) -> str:
-    command = ["scontrol", "show", "hostnames", nodelist]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+def _require(environment: Mapping[str, str], needed: tuple[str, ...]) -> None:
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        present = [name for name in needed if name in environment]
+        raise InputError(
+            found=f"the environment has {', '.join(present)} but not {', '.join(missing)}",
+            required="all of " + ", ".join(needed),
+            remedy="start with torchrun or srun, or unset RANK and WORLD_SIZE to run one process",
+        )
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise InputError(
+            found=f"no MASTER_ADDR, and {' '.join(command)} failed: {error}",
+            required="the host of rank 0",
+            remedy="export MASTER_ADDR=<host of rank 0> before srun (needed inside containers)",
+        ) from error
 
 
 def choose_device(choice: str, local_rank: int) -> torch.device:
-    """`auto` takes the GPU of this local rank when there is one. Raises InputError when there is not."""
+    """`auto` takes the GPU of this local rank when there is one. Raises InputError when there is not.
+
+    A process that sees a single GPU takes it, whatever its local rank: srun may bind one to each task.
+    """
     available = torch.cuda.device_count()
     if choice == "cpu" or (choice == "auto" and available == 0):
         return torch.device("cpu")
-    if local_rank >= available:
+    bound = available == 1 and "SLURM_STEP_NUM_TASKS" in os.environ
+    index = 0 if bound else local_rank
+    if index >= available:
         raise InputError(
             found=f"local rank {local_rank}, but {available} visible GPUs",
             required="one GPU per process, or training.device=cpu",
             remedy="start fewer processes per node, check CUDA_VISIBLE_DEVICES, "
             "or set training.device=cpu",
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
 
 
 def start(device_choice: str) -> Ranks:
@@ -134,7 +174,7 @@ def start(device_choice: str) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # DeepSpeed reads these of a process that torch.distributed already started.
-    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    os.environ["LOCAL_RANK"] = str(place.local_rank if device.index is None else device.index)
     os.environ["DS_ACCELERATOR"] = device.type
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -160,6 +200,6 @@ def start(device_choice: str) -> Ranks:
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leaves the process group; not for the error path, where other ranks may wait in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()

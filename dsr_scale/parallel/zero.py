@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,11 +20,23 @@ from dsr_scale.parallel import ema
 from dsr_scale.parallel.groups import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NO_CLIPPING = 1e30
+"""A limit, however large, makes DeepSpeed look at the norm and skip a step that is not finite."""
+
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default: gradients are reduced in groups of up to this many elements."""
 
 KINDS = ("weights", *MOMENTS, ema.EMA)
 """Every fp32 tensor that a parameter owns during training."""
+
+
+class StepOutcome(NamedTuple):
+    """What one optimizer step did."""
+
+    gradient_norm: float
+    """Over the whole model, before clipping."""
+    applied: bool
+    """False when the gradient was not finite."""
 
 
 class ZeroEngine:
@@ -44,14 +56,19 @@ class ZeroEngine:
         """Adds the gradient of one micro-batch's mean loss to the step's."""
         self._engine.backward(loss / accumulation_steps, scale_wrt_gas=False)
 
-    def step(self, *, step: int, learning_rate: float) -> float:
-        """Clips, updates weights and EMA; `step` counts from 0. Returns the gradient norm before clipping."""
+    def step(self, *, step: int, learning_rate: float) -> StepOutcome:
+        """Clips, updates weights and EMA; `step` counts from 0.
+
+        A gradient that is not finite changes nothing, on all ranks alike.
+        """
         optimizer = self._optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        ema.update(optimizer, ema.decay_at(step, self._ema_decay))
-        return float(self._engine.get_global_grad_norm())
+        applied = self._engine.was_step_applied()
+        if applied:
+            ema.update(optimizer, ema.decay_at(step, self._ema_decay))
+        return StepOutcome(float(self._engine.get_global_grad_norm()), applied)
 
     def full_tensors(self, kinds: Iterable[str] = KINDS) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (`kind.name`, fp32 tensor) for every parameter, then (`buffers.name`, tensor).
@@ -69,6 +86,7 @@ class ZeroEngine:
                     tensor = safe_get_full_fp32_param(parameter)
                 else:
                     tensor = safe_get_full_optimizer_state(parameter, kind)
+                assert tensor is not None, f"{name} is not under ZeRO"
                 yield f"{kind}.{name}", tensor
         for name in _persistent_buffers(self.model):
             yield f"buffers.{name}", self.model.get_buffer(name)
@@ -101,15 +119,20 @@ class ZeroEngine:
             safe_set_full_optimizer_state(parameter, tensor, kind)
 
     def restore_step_count(self, steps: int) -> None:
-        """Sets AdamW's bias-correction count to `steps` finished steps."""
+        """Sets AdamW's bias-correction count to `steps` applied steps."""
         for state in self._optimizer.state.values():
             state["step"].fill_(float(steps))
 
     @torch.no_grad()
-    def copy_ema_into(self, model: nn.Module) -> None:
-        """Gathers the EMA weights, and the buffers, into `model`, a copy of the network in any precision."""
-        parameters = dict(model.named_parameters())
+    def gather_ema(self, model: nn.Module | None) -> None:
+        """Gathers EMA weights and buffers into `model`, a copy of the network in any precision.
+
+        A collective; ranks that want no copy pass None.
+        """
+        parameters = {} if model is None else dict(model.named_parameters())
         for name, tensor in self.full_tensors((ema.EMA,)):
+            if model is None:
+                continue
             kind, _, target = name.partition(".")
             (parameters[target] if kind == ema.EMA else model.get_buffer(target)).copy_(tensor)
 
@@ -160,7 +183,8 @@ def start_zero(
         ),
         dist_init_required=None,
     )
-    inner = engine.optimizer.optimizer
+    zero_optimizer: Any = engine.optimizer
+    inner = zero_optimizer.optimizer
     for group in inner.param_groups:
         for partition in group["params"]:
             inner.state[partition] = {
@@ -169,7 +193,7 @@ def start_zero(
                 ema.EMA: partition.detach().clone(),
             }
     # Links parameters to the state just made; DeepSpeed would do it after its first step.
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
     return ZeroEngine(engine, ema_decay=config.ema_decay)
 
 
@@ -187,7 +211,7 @@ def _deepspeed_config(
             "reduce_bucket_size": min(REDUCE_BUCKET_ELEMENTS, parameters),
         },
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": config.optimizer.gradient_clip or 0.0,
+        "gradient_clipping": config.optimizer.gradient_clip or NO_CLIPPING,
         "steps_per_print": 1_000_000_000,
     }
     if config.precision == "bf16":

@@ -7,8 +7,11 @@ steps that were logged, lost with a crash and trained again appear twice, and re
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
+
+from dsr_scale.base.atomic_files import storage_errors
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,7 +29,10 @@ class MetricsLog:
         config: dict[str, Any],
         run_id: str | None,
     ) -> None:
-        self._file = (directory / METRICS_FILE).open("a", buffering=1)
+        self._path = directory / METRICS_FILE
+        with storage_errors(self._path):
+            _end_torn_line(self._path)
+            self._file = self._path.open("a", buffering=1)
         self._wandb: Any = None
         self.run_id = run_id
         if wandb_mode != "off":
@@ -45,8 +51,13 @@ class MetricsLog:
             self.run_id = self._wandb.id
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Records `metrics` after `step` finished steps."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Records `metrics` after `step` finished steps; a number that is not finite becomes null."""
+        written = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+        with storage_errors(self._path):
+            self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
         if self._wandb is not None:
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
             self._wandb.log(numbers, step=step)
@@ -65,11 +76,21 @@ class MetricsLog:
             self._wandb.finish()
 
 
+def _end_torn_line(path: Path) -> None:
+    """Ends a line that a crash or a full disk cut off, so that the next one is whole."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All records of a run in step order, the last one of each step."""
+    """All records of a run in step order, the last one of each step; torn lines are left out."""
     path = directory / METRICS_FILE
     by_step: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
         by_step[record["step"]] = {**by_step.get(record["step"], {}), **record}
     return [by_step[step] for step in sorted(by_step)]

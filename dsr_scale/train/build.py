@@ -14,19 +14,21 @@ import torch
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
+from dsr_scale.checkpoint.directory import complete_steps
 from dsr_scale.config.checks import check_run
 from dsr_scale.config.derive import (
     BatchArithmetic,
     ModelShape,
     batch_arithmetic,
-    latent_grid,
     model_shape,
     timestep_shift,
 )
+from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.loader import BatchStream, Samples, open_samples
 from dsr_scale.encoders.contract import build_image_encoder, build_text_encoder
 from dsr_scale.model.build import build_model, build_on_meta, decay_groups
+from dsr_scale.model.layers import require_flash
 from dsr_scale.parallel.groups import Ranks
 from dsr_scale.parallel.zero import ZeroEngine, start_zero
 from dsr_scale.train.objective import FlowMatching
@@ -59,12 +61,14 @@ def _check_room(run: RunConfig, directory: Path) -> None:
     model = build_on_meta(model_shape(run))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # fp32 weights, two moments, EMA; one more save than is kept exists while it is written.
-    needed = 16 * parameters * (run.checkpoint.keep_last + 1)
+    checkpoint_bytes = 16 * parameters
+    existing = len(complete_steps(directory))
+    missing = max(1, run.checkpoint.keep_last + 1 - existing)
     free = shutil.disk_usage(directory).free
-    if needed > free:
+    if missing * checkpoint_bytes > free:
         raise InputError(
-            found=f"{free / 2**30:.1f} GiB free at {directory}",
-            required=f"{needed / 2**30:.1f} GiB for {run.checkpoint.keep_last + 1} checkpoints of "
+            found=f"{free / 2**30:.1f} GiB free at {directory}, {existing} checkpoints there",
+            required=f"{missing * checkpoint_bytes / 2**30:.1f} GiB for {missing} more checkpoints of "
             f"{parameters / 1e6:.1f} M parameters",
             remedy="free space, set another directory=…, or lower checkpoint.keep_last",
         )
@@ -73,6 +77,11 @@ def _check_room(run: RunConfig, directory: Path) -> None:
 def build_training(run: RunConfig, ranks: Ranks) -> Training:
     """Opens data and encoders, builds the network from the seed and puts it under ZeRO."""
     shape = model_shape(run)
+    if shape.attention == "flash":
+        require_flash(ranks.device)
+    if ranks.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = run.training.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = run.training.precision == "tf32"
     shift = timestep_shift(run, shape)
     batches = batch_arithmetic(run, ranks.world_size)
     samples = open_samples(run.data)
@@ -84,7 +93,9 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
         microbatch_images=batches.microbatch_images,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        need_labels=shape.conditioning.kind == "class",
+        num_classes=shape.conditioning.num_classes
+        if isinstance(shape.conditioning, ClassConditioning)
+        else None,
     )
     image_encoder = build_image_encoder(
         run.encoders.image, resolution=run.data.resolution, device=ranks.device
@@ -97,8 +108,6 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
     objective = FlowMatching(
         run.diffusion, shift, run.seed, image_encoder, text_encoder, ranks.device
     )
-    for height, width in run.data.buckets:
-        latent_grid(run.encoders, height, width, run.data.resolution)
     model = build_model(shape, seed=run.seed)
     decay, no_decay = decay_groups(model)
     if run.training.compile:

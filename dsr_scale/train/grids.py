@@ -23,7 +23,8 @@ class TrainingGrids:
     training: Training
     config: GridConfig
     every_steps: int
-    pipeline: Pipeline
+    pipeline: Pipeline | None
+    """On the first rank; the others only take part in the gathering."""
 
     @staticmethod
     def for_run(training: Training) -> TrainingGrids | None:
@@ -31,7 +32,7 @@ class TrainingGrids:
         run = training.run
         if run.grid.every_steps is None:
             return None
-        pipeline = build_pipeline(
+        pipeline = training.ranks.is_first and build_pipeline(
             empty_network(training.shape, training.ranks.device),
             shape=training.shape,
             diffusion=run.diffusion,
@@ -41,13 +42,15 @@ class TrainingGrids:
             device=training.ranks.device,
             text_encoder=training.objective.text_encoder,
         )
-        return TrainingGrids(training, run.grid, run.grid.every_steps, pipeline)
+        return TrainingGrids(training, run.grid, run.grid.every_steps, pipeline or None)
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
         """A collective; the picture is written by the first rank."""
-        self.training.engine.copy_ema_into(self.pipeline.model)
-        if log is None:
-            return
+        self.training.engine.gather_ema(None if self.pipeline is None else self.pipeline.model)
+        self.training.ranks.on_first(lambda: self._draw(step, log))
+
+    def _draw(self, step: int, log: MetricsLog | None) -> None:
+        assert self.pipeline is not None and log is not None
         run = self.training.run
         images = self.pipeline.sample(
             self.config.prompts, seed=run.seed, sampling=self.config.sampling

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from dsr_scale.base import atomic_files
+from dsr_scale.base.errors import InputError
 from dsr_scale.config.load import dump_run
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.corruption import CorruptImage, check_rate
@@ -31,6 +33,11 @@ from dsr_scale.train.signals import StopRequest
 from dsr_scale.train.state import RunState
 
 CONFIG_FILE = "config.yaml"
+
+MOST_SKIPPED_IN_A_ROW = 20
+"""A few steps may overflow; this many mean that the run is lost."""
+
+NAMED_SAMPLES = 32
 
 OnStep = Callable[[int, list[Batch]], None]
 """Called after each optimizer step with its number (from 1) and this rank's micro-batches."""
@@ -54,10 +61,9 @@ def train(run: RunConfig, *, on_step: OnStep | None = None) -> Finished:
     place = groups.place_from_environment(os.environ)
     check_before_start(run, data_parallel=place.world_size)
     ranks = groups.start(run.training.device)
-    try:
-        return _Loop(build_training(run, ranks), on_step).run()
-    finally:
-        groups.stop()
+    finished = _Loop(build_training(run, ranks), on_step).run()
+    groups.stop()
+    return finished
 
 
 class _Interval:
@@ -78,57 +84,61 @@ class _Loop:
         self.console = Console(stderr=True, quiet=not training.ranks.is_first)
         self.directory = Path(training.run.directory)
         self.corrupt_keys: list[str] = []
+        self.gradient_norm = float("nan")
+        self.skipped_in_a_row = 0
         self.state = resume.restore(training, self.console)
         self.log = self._open_log()
         self.grids = TrainingGrids.for_run(training)
 
     def _open_log(self) -> MetricsLog | None:
-        run = self.training.run
-        if not self.training.ranks.is_first:
-            return None
-        atomic_files.write_bytes(self.directory / CONFIG_FILE, dump_run(run).encode())
-        return MetricsLog(
-            self.directory,
-            wandb_mode=run.tracking.wandb,
-            project=run.tracking.project,
-            name=run.name,
-            config=run.model_dump(mode="json"),
-            run_id=self.state.tracker_run_id,
-        )
+        """The first rank's log; its failure, say wandb without a key, is everyone's."""
+        run, log = self.training.run, None
+
+        def open_on_first() -> str | None:
+            nonlocal log
+            atomic_files.write_bytes(self.directory / CONFIG_FILE, dump_run(run).encode())
+            log = MetricsLog(
+                self.directory,
+                wandb_mode=run.tracking.wandb,
+                project=run.tracking.project,
+                name=run.name,
+                config=run.model_dump(mode="json"),
+                run_id=self.state.tracker_run_id,
+            )
+            return log.run_id
+
+        run_id = self.training.ranks.on_first(open_on_first)
+        self.state = replace(self.state, tracker_run_id=run_id)
+        return log
 
     def run(self) -> Finished:
         """Steps until the end or a signal; the last state is always saved."""
         steps = self.training.run.training.steps
-        if self.log is not None:
-            self.state = replace(self.state, tracker_run_id=self.log.run_id)
         stopped_by: str | None = None
         bar = training_bar(
-            self.console,
-            visible=self.training.ranks.is_first and self.console.is_terminal,
+            self.console, visible=self.training.ranks.is_first and self.console.is_terminal
         )
-        task = bar.add_task("training", total=steps, loss="–", images_per_s="–")
-        bar.update(task, completed=self.state.step)
+        task = bar.add_task(
+            "training", total=steps, completed=self.state.step, loss="–", images_per_s="–"
+        )
         interval = _Interval()
-        saved_step = self.state.step
         batches = self.training.stream.steps(self.state.step)
         try:
             with StopRequest() as request, bar:
                 while self.state.step < steps and stopped_by is None:
                     asked = self._step(next(batches), interval, request)
-                    if self._due(self.training.run.tracking.log_every_steps):
-                        fields = self._write_metrics(interval)
-                        bar.update(task, **fields)
+                    last = self.state.step == steps
+                    if asked or last or self._due(self.training.run.tracking.log_every_steps):
+                        self._write_metrics(interval, bar, task)
                         interval = _Interval()
                     bar.update(task, completed=self.state.step)
-                    if self.grids is not None and self._due(self.grids.every_steps):
-                        self.grids.draw(self.state.step, self.log)
-                    if asked:
-                        stopped_by = request.signal_name or "a signal on another rank"
-                    if asked or self._due(self.training.run.checkpoint.every_steps):
+                    # A grace period is for the save: it comes before the grid, which a stop skips.
+                    if asked or last or self._due(self.training.run.checkpoint.every_steps):
                         resume.save(self.training, self.state)
-                        saved_step = self.state.step
-            if saved_step < self.state.step:
-                resume.save(self.training, self.state)
+                    if asked and not last:
+                        stopped_by = request.signal_name or "a signal on another rank"
+                    elif self.grids is not None and self._due(self.grids.every_steps):
+                        self.grids.draw(self.state.step, self.log)
         finally:
             self.training.stream.close()
             if self.log is not None:
@@ -144,7 +154,9 @@ class _Loop:
             training.engine.backward(result.mean, accumulation_steps=len(micro_batches))
             loss += float(result.mean.detach()) / len(micro_batches)
         rate = learning_rate(training.run.training, step)
-        self.gradient_norm = training.engine.step(step=step, learning_rate=rate)
+        outcome = training.engine.step(step=step, learning_rate=rate)
+        self.gradient_norm = outcome.gradient_norm
+        self._count_skipped(outcome.applied, micro_batches)
         corrupt = [record for batch in micro_batches for record in batch.corrupt]
         loss_sum, corrupt_sum, stops = training.ranks.sum_on_host(
             [loss, float(len(corrupt)), float(request.signal_name is not None)]
@@ -169,6 +181,29 @@ class _Loop:
             self.on_step(self.state.step, micro_batches)
         return stops > 0
 
+    def _count_skipped(self, applied: bool, micro_batches: list[Batch]) -> None:
+        """Names the samples of a step that was skipped; stops after too many in a row."""
+        if applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
+        keys = [key for batch in micro_batches for key in batch.keys]
+        named = ", ".join(self.training.ranks.gather_on_host(keys)[:NAMED_SAMPLES])
+        self.console.print(
+            f"step {self.state.step + 1} skipped: the gradient is not finite; samples {named}",
+            style="yellow",
+            markup=False,
+        )
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise InputError(
+                found=f"{self.skipped_in_a_row} steps in a row without a finite gradient, the last "
+                f"at step {self.state.step + 1}",
+                required="a loss and a gradient that are finite",
+                remedy="lower training.optimizer.learning_rate, add warm-up, set gradient_clip, or "
+                "look at the samples named above; the last checkpoint is from before",
+            )
+
     def _name_corrupt(self, corrupt: list[CorruptImage]) -> None:
         """Prints what any rank could not use; all ranks call this when one of them has some."""
         for record in self.training.ranks.gather_on_host(corrupt):
@@ -180,8 +215,8 @@ class _Loop:
                 markup=False,
             )
 
-    def _write_metrics(self, interval: _Interval) -> dict[str, str]:
-        """Logs the interval's means; returns what the bar shows."""
+    def _write_metrics(self, interval: _Interval, bar: Progress, task: TaskID) -> None:
+        """Logs the interval's means and shows them."""
         elapsed_s = time.perf_counter() - interval.started_s
         images_per_s = interval.steps * self.training.batches.global_images / elapsed_s
         loss = interval.loss / interval.steps
@@ -195,6 +230,7 @@ class _Loop:
                     "images_per_s": images_per_s,
                     "samples_seen": self.state.samples_seen,
                     "epoch": self.state.samples_seen / len(self.training.samples),
+                    "skipped_steps": self.state.skipped_steps,
                     "corrupt_seen": self.state.corrupt_seen,
                     "corrupt_keys": self.corrupt_keys[-20:],
                 },
@@ -204,7 +240,7 @@ class _Loop:
                 f"step {self.state.step}/{self.training.run.training.steps}  loss {loss:.4f}  "
                 f"{images_per_s:.1f} images/s"
             )
-        return {"loss": f"{loss:.4f}", "images_per_s": f"{images_per_s:.1f}"}
+        bar.update(task, loss=f"{loss:.4f}", images_per_s=f"{images_per_s:.1f}")
 
     def _due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0

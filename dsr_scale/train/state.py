@@ -6,7 +6,7 @@ generator state to keep: the position is one integer, the number of consumed sam
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -28,6 +28,8 @@ class RunState:
 
     step: int
     samples_seen: int
+    skipped_steps: int
+    """Steps whose gradient was not finite and changed nothing."""
     corrupt_seen: int
     data_fingerprint: str
     data_samples: int
@@ -41,13 +43,13 @@ class RunState:
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of run_state.json."""
+        """The content of run_state.json, to which the checkpoint adds its format."""
         return asdict(self)
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> RunState:
         """The state that `to_json` wrote."""
-        return RunState(**content)
+        return RunState(**{field.name: content[field.name] for field in fields(RunState)})
 
 
 def library_versions() -> dict[str, str]:
@@ -55,11 +57,27 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
+FREE_TO_CHANGE = {
+    "data": {
+        "shards",
+        "cache_directory",
+        "cache_limit_gib",
+        "workers",
+        "prefetch_batches",
+        "max_corrupt_rate",
+    },
+    "encoders": {"decoder"},
+    "encoders.text": {"cache_captions"},
+}
+"""Sections that decide what a sample is and what is learned from it, and their fields that do not.
+Data that moved is recognised by its fingerprint."""
+
+
 def check_resumable(saved: RunState, current: RunState) -> None:
     """Raises InputError when going on from `saved` would silently be another run.
 
-    Steps, micro-batch, learning rate, workers, number of ranks and the like may change; the data,
-    the network, the seed and the global batch may not.
+    Steps, micro-batch, optimizer settings, workers, number of ranks and the like may change; the
+    data and what is done to it, the network, the objective, the seed and the global batch may not.
     """
     problems = []
     if saved.data_fingerprint != current.data_fingerprint:
@@ -70,19 +88,30 @@ def check_resumable(saved: RunState, current: RunState) -> None:
     if saved.model_shape != current.model_shape:
         changed = [k for k, v in current.model_shape.items() if saved.model_shape.get(k) != v]
         problems.append("another network: " + ", ".join(sorted(changed)))
-    for path in ("seed", "training.global_batch_images", "encoders", "diffusion"):
-        before, now = _at(saved.config, path), _at(current.config, path)
-        if before != now:
-            problems.append(f"{path} was {before}, now {now}")
+    before = {"seed": saved.config["seed"], **_fixed(saved.config)}
+    now = {"seed": current.config["seed"], **_fixed(current.config)}
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            problems.append(f"{path} was {before.get(path)}, now {now.get(path)}")
     if problems:
         raise InputError(
             found="the run directory holds a checkpoint of another run: " + "; ".join(problems),
-            required="the data, network, seed and global batch the run was started with",
+            required="the data, network, objective, seed and global batch the run was started with",
             remedy="restore those settings, or set another run directory: directory=…",
         )
 
 
-def _at(config: dict[str, Any], path: str) -> Any:
-    for part in path.split("."):
-        config = config[part]
-    return config
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """Every setting that a resume must not change, by dotted path."""
+    fixed = {"training.global_batch_images": config["training"]["global_batch_images"]}
+    sections = [(path, config[path]) for path in ("data", "encoders", "diffusion")]
+    while sections:
+        path, section = sections.pop()
+        for field, value in section.items():
+            if field in FREE_TO_CHANGE.get(path, set()):
+                continue
+            if isinstance(value, dict):
+                sections.append((f"{path}.{field}", value))
+            else:
+                fixed[f"{path}.{field}"] = value
+    return fixed
