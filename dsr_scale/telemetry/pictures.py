@@ -137,7 +137,7 @@ def token_norm_picture(
     curve.set_xticks(range(depth))
     curve.legend(fontsize=7)
     curve.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, width=int(15 * figure.get_figwidth())), fontsize=9)
     _save(figure, path)
 
 
