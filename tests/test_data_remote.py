@@ -219,17 +219,26 @@ def test_what_a_killed_download_left_is_removed(
     assert cached_bytes(cache) <= largest
 
 
+def with_separate_locks(
+    url: str, names: list[str], folder: Path, limit: int
+) -> tuple[FileStore, Path]:
+    """A store, and its cache, in which no two of `names` share a lock file: one process fetches
+    inside its own fetch below, which would wait for itself."""
+    for attempt in range(100):
+        cache = folder / f"cache{attempt}"
+        store = FileStore(url, cache_directory=str(cache), cache_limit_gib=limit / 2**30)
+        if len({store._lock_path(store._cache / name) for name in names}) == len(names):
+            return store, cache
+    raise AssertionError("a hundred caches all share locks")
+
+
 def test_a_download_at_work_counts_and_is_not_removed(
     packed: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = sorted(packed.rglob("*.mds"))
     names = [path.relative_to(packed).as_posix() for path in shards]
     limit = sum(path.stat().st_size for path in shards[:3])
-    store = FileStore(
-        f"{server.url}/packed",
-        cache_directory=str(tmp_path / "cache"),
-        cache_limit_gib=limit / 2**30,
-    )
+    store, cache = with_separate_locks(f"{server.url}/packed", names[1:4], tmp_path, limit)
     store.path(names[0])
     fetch, sizes = remote_files._download_once, []
 
@@ -238,7 +247,7 @@ def test_a_download_at_work_counts_and_is_not_removed(
         monkeypatch.setattr(remote_files, "_download_once", fetch)
         store.path(names[2])
         store.path(names[3])
-        sizes.append(cached_bytes(tmp_path / "cache" / CACHE_NAME))
+        sizes.append(cached_bytes(cache / CACHE_NAME))
 
     monkeypatch.setattr(remote_files, "_download_once", meanwhile)
     assert store.path(names[1]).read_bytes() == shards[1].read_bytes()
