@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,17 @@ from safetensors.torch import load_file
 from tiny_runs import checkpoint_tensors, run_training
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.data import DataConfig
 from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.diffusion.solvers import time_grid
 from dsr_scale.diffusion.timesteps import draw_noise
+from dsr_scale.encoders.contract import build_image_encoder
+from dsr_scale.evaluate.norms import block_norms
+from dsr_scale.evaluate.training_images import training_images
 from dsr_scale.export.bundle import export_run, read_description
 from dsr_scale.export.pipeline import Pipeline, load
+from dsr_scale.telemetry.metrics import read_metrics
+from dsr_scale.telemetry.pictures import image_grid, loss_curve, token_norm_picture
 
 PROMPTS = ("skull", "taxi", "old key")
 GRID = (
@@ -61,8 +69,6 @@ def test_weights_are_the_ema(run: Path, bundle: Path) -> None:
 
 
 def test_bundle_draws_the_grid_that_training_drew(run: Path, bundle: Path, tmp_path: Path) -> None:
-    from dsr_scale.telemetry.pictures import image_grid
-
     pipeline = load(bundle, device="cpu")
     images = pipeline.sample(PROMPTS, seed=3, sampling=read_description(bundle).sampling)
     ours = tmp_path / "ours.png"
@@ -155,3 +161,63 @@ def test_cuda_without_a_gpu(bundle: Path) -> None:
 def test_missing_step_names_those_there_are(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one of the steps 3, 6"):
         export_run(run, tmp_path, step=4)
+
+
+def test_sample_command_writes_a_grid_that_says_how(bundle: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("taxi\n\nold key\n", encoding="utf-8")
+    out = tmp_path / "out.png"
+    command = [str(Path(sys.executable).with_name("dsr-scale")), "sample", str(bundle)]
+    options = ["--prompt", "skull", "--prompts-file", str(prompts), "--seed", "3", "--batch", "2"]
+    subprocess.run(
+        [*command, *options, "--out", str(out), "--device", "cpu", "--steps", "4"], check=True
+    )
+    sampling = read_description(bundle).sampling.model_copy(update={"steps": 4})
+    images = load(bundle, device="cpu").sample(PROMPTS, seed=3, sampling=sampling)
+    ours = tmp_path / "ours.png"
+    image_grid([("", images)], PROMPTS, ours)
+    difference = images_of_grid(out, 3, 96).astype(int) - images_of_grid(ours, 3, 96)
+    assert np.abs(difference).max() <= 1
+    text = Image.open(out).info
+    assert text["prompts"] == "skull\ntaxi\nold key"
+    assert (text["seed"], '"steps":4' in text["sampling"]) == ("3", True)
+
+
+def test_token_norms_of_a_bundle(bundle: Path, tmp_path: Path) -> None:
+    pipeline = load(bundle, device="cpu")
+    images, captions = training_images(DataConfig(shards="package:emoji", resolution=32), 3)
+    encoder = build_image_encoder(
+        read_description(bundle).encoders.image, resolution=32, device=torch.device("cpu")
+    )
+    norms = block_norms(pipeline, encoder, images, captions, timestep=0.4)
+    assert [block.block for block in norms] == [f"blocks.{i}" for i in range(4)]
+    assert [block.register_norms.shape[1] for block in norms] == [0, 0, 4, 4]
+
+    # The same by hand: a hook on the last block, noise from the same key.
+    latents = encoder.encode(images).float()
+    noise = draw_noise((192, 4, 4), 0, [0] * 3, range(3), "cpu")
+    seen: list[torch.Tensor] = []
+    hook = pipeline.model.blocks[3].register_forward_hook(lambda *call: seen.append(call[2]))  # type: ignore[index]
+    with torch.no_grad():
+        pipeline.model(
+            0.6 * latents + 0.4 * noise, torch.full((3,), 0.4), pipeline.condition(captions)
+        )
+    hook.remove()
+    by_hand = seen[0].norm(dim=-1)
+    torch.testing.assert_close(norms[3].image_norms, by_hand[:, 4:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(norms[3].register_norms, by_hand[:, :4], atol=1e-4, rtol=1e-4)
+
+    path = tmp_path / "norms.png"
+    token_norm_picture({"registers": norms, "again": norms}, (4, 4), "title " * 40, path)
+    picture = np.asarray(Image.open(path).convert("L"))
+    assert picture.shape[0] > 300 and picture.std() > 20
+    # Nothing is cut off: the border of the picture is empty.
+    edge = np.concatenate([picture[:3].ravel(), picture[:, :3].ravel(), picture[:, -3:].ravel()])
+    assert edge.min() == 255
+
+
+def test_loss_curve_is_drawn_inside_its_frame(run: Path, tmp_path: Path) -> None:
+    loss_curve({"run": read_metrics(run)}, tmp_path / "loss.png")
+    picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
+    blue = (picture[..., 2] - picture[..., 0]) > 80
+    assert blue.sum() > 100
