@@ -82,7 +82,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     (stopped,) = directory.complete_steps(tmp_path / "run")
-    assert f"saved at step {stopped}" in errors
+    assert f"stopped by SIGTERM: step {stopped} of 100000 saved" in errors
     run_training(tmp_path, f"training.steps={stopped + 2}")
     losses = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run")}
     assert list(losses) == list(range(1, stopped + 3))

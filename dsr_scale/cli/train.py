@@ -19,21 +19,12 @@ def train(
 
     Ctrl-C and SIGTERM save and exit with 128 + the signal's number; the same command goes on.
     """
-    from rich.console import Console
-
     from dsr_scale.config.load import load_run
 
     run = load_run(config, overrides or [])
     from dsr_scale.train.loop import train as train_run
 
     finished = train_run(run)
-    console = Console(stderr=True)
-    if finished.stopped_by is None:
-        console.print(f"{finished.state.step} steps done, in {run.directory}")
-        return
-    console.print(
-        f"stopped by {finished.stopped_by} and saved at step {finished.state.step}; "
-        "the same command goes on from there"
-    )
-    number = getattr(signal, finished.stopped_by, signal.SIGTERM)
-    raise typer.Exit(128 + int(number))
+    if finished.stopped_by is not None:
+        number = getattr(signal, finished.stopped_by, signal.SIGTERM)
+        raise typer.Exit(128 + int(number))

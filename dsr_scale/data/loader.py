@@ -26,6 +26,7 @@ from dsr_scale.data.corruption import REPLACEMENT_ATTEMPTS, CorruptImage, replac
 from dsr_scale.data.order import SampleOrder
 from dsr_scale.data.samples import Sample, Samples, UnusableRecord
 from dsr_scale.data.shards import ShardStore
+from dsr_scale.data.shared_memory import remove_abandoned
 from dsr_scale.data.transforms import UnreadableImage, cover_and_crop, decode_rgb
 from dsr_scale.data.worker_processes import tie_to_parent
 
@@ -89,6 +90,8 @@ class BatchStream:
         Batches carry labels if there are `num_classes`; None is for data without classes.
         """
         assert 0 <= rank < world_size
+        if config.workers:
+            remove_abandoned()
         if global_batch_images % (world_size * microbatch_images):
             raise InputError(
                 found=f"global batch {global_batch_images}, {world_size} data-parallel ranks, "

@@ -143,6 +143,10 @@ class _Loop:
             self.training.stream.close()
             if self.log is not None:
                 self.log.close()
+        done = f"step {self.state.step} of {steps} saved in {self.directory}"
+        if stopped_by is not None:
+            done = f"stopped by {stopped_by}: {done}; the same command goes on from there"
+        self.console.print(done, highlight=False, markup=False, soft_wrap=True)
         return Finished(self.state, stopped_by)
 
     def _step(self, micro_batches: list[Batch], interval: _Interval, request: StopRequest) -> bool:
