@@ -2,8 +2,7 @@
 
 It runs the commands a person would type, prints each before running it, and measures what came
 out. A second network without registers is trained alike, so that token norms can be compared.
-`--short` does the same with 16 images in under two minutes; with a GPU
-the run is longer.
+`--short` does the same with 16 images in under two minutes; with a GPU the run is longer.
 """
 
 from __future__ import annotations

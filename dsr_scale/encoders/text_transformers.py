@@ -3,8 +3,8 @@
 Captions are padded on the right to one fixed length, and run in chunks of one fixed number of them:
 libraries choose kernels by size, and only equal sizes give equal bits. So what a caption gives does
 not depend on its neighbours, nor on which of them were cached (after a resume none is). The price is
-up to `CHUNK_CAPTIONS` − 1 empty captions per call. Results are kept in host memory without their padding, least recently used first out: a caption
-seen again costs a copy instead of a forward pass.
+up to `CHUNK_CAPTIONS` − 1 empty captions per call. Results are kept in host memory without their
+padding, least recently used first out: a caption seen again costs a copy instead of a forward pass.
 """
 
 from __future__ import annotations
