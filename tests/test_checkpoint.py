@@ -67,10 +67,15 @@ def test_failed_write_leaves_no_checkpoint(
         def write_data(self, plan: object, planner: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    kept = save(tmp_path, 2, group)
     monkeypatch.setattr(dcp, "FileSystemWriter", Refusing)
     with pytest.raises(InputError, match=r"step_00000003 could not be written: .*No space left"):
         save(tmp_path, 3, group)
-    assert list(directory.checkpoints_directory(tmp_path).iterdir()) == []
+    with pytest.raises(InputError, match="could not be written"):
+        save(tmp_path, 2, group)
+    # Neither failure left anything behind or took the complete one away.
+    assert list(directory.checkpoints_directory(tmp_path).iterdir()) == [kept]
+    tensors.load(kept, SHAPES, lambda name, tensor: None)
 
 
 def test_really_full_disk(tmp_path: Path, group: dist.ProcessGroup) -> None:

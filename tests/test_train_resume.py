@@ -63,26 +63,32 @@ def test_training_moves_weights_and_ema_apart(whole: Path) -> None:
     assert not torch.equal(after[name], after[name.replace("weights", "ema")])
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    whole: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
     config = write_config(tmp_path)
     command = [str(Path(sys.executable).with_name("dsr-scale")), "train", str(config)]
     # So slow a schedule of checkpoints that only the signal can have saved.
+    settings = ["checkpoint.every_steps=1000", "training.steps=100000", "tracking.wandb=offline"]
     process = subprocess.Popen(
-        [*command, "checkpoint.every_steps=1000", "training.steps=100000"],
+        [*command, *settings],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    # A terminal and Slurm signal every process of the run: data workers and the tracker as well.
+    os.killpg(process.pid, stop)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert process.returncode == 128 + stop, errors
     (stopped,) = directory.complete_steps(tmp_path / "run")
-    assert f"stopped by SIGTERM: step {stopped} of 100000 saved" in errors
+    assert f"stopped by {stop.name}: step {stopped} of 100000 saved" in errors
     run_training(tmp_path, f"training.steps={stopped + 2}")
     losses = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run")}
     assert list(losses) == list(range(1, stopped + 3))

@@ -193,6 +193,11 @@ def draw_norms(config: Path) -> None:
             device=torch.device(pipeline.device),
         )
         measured[name] = block_norms(pipeline, encoder, images, captions, timestep=NORM_TIMESTEP)
+        worst = max(measured[name], key=lambda block: block.outlier_ratio)
+        say(
+            f"{name}: at most {worst.outlier_ratio:.1%} outlier tokens (after {worst.block}), largest "
+            f"norm {max(block.max_over_median for block in measured[name]):.1f} times the median"
+        )
     rows, columns = description.shape.grid
     patch = description.shape.patch
     token_norm_picture(

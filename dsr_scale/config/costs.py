@@ -22,7 +22,7 @@ from dsr_scale.config.model import ClassConditioning, QueryAdaLNConditioning
 from dsr_scale.config.run import RunConfig
 
 MEASURED_CEILING_TFLOPS = {"H200": 790.0}
-"""bf16 matrix products, TFLOP/s, measured on one GPU (docs/method.md §7)."""
+"""bf16 matrix products, TFLOP/s, measured outside this repository (docs/method.md §7)."""
 
 
 class Count(NamedTuple):
