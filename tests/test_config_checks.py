@@ -34,9 +34,9 @@ def base(tmp_path: Path) -> Path:
     return path
 
 
-def problems_of(run: RunConfig, data_parallel: int = 1) -> list[InputError]:
+def problems_of(run: RunConfig, devices: int = 1) -> list[InputError]:
     try:
-        check_run(run, data_parallel=data_parallel)
+        check_run(run, devices=devices)
     except ConfigError as error:
         return list(error.problems)
     except InputError as error:
@@ -46,7 +46,7 @@ def problems_of(run: RunConfig, data_parallel: int = 1) -> list[InputError]:
 
 def test_a_sound_run_passes(base: Path) -> None:
     for overrides in ([], CLASS, [TEXT], [VIT, "encoders.decoder.kind=none"], GRID):
-        assert problems_of(load_run(base, overrides), data_parallel=8) == []
+        assert problems_of(load_run(base, overrides), devices=8) == []
 
 
 CASES: dict[str, tuple[list[str], str, str, list[str]]] = {
@@ -245,6 +245,36 @@ CASES: dict[str, tuple[list[str], str, str, list[str]]] = {
         "class numbers",
         ["grid.prompts=[7, 999]"],
     ),
+    "one average twice": (
+        ["training.ema_decays=[0.9, 0.99, 0.9]"],
+        "training.ema_decays = [0.9, 0.99, 0.9]",
+        "remove the repeated ones from training.ema_decays",
+        ["training.ema_decays=[0.9, 0.99]"],
+    ),
+    "an unknown setting allowed to change": (
+        ["checkpoint.allow_changed=[diffusion.predicton]"],
+        "'diffusion.predicton', which is no setting",
+        "did you mean diffusion.prediction?",
+        ["checkpoint.allow_changed=[diffusion.prediction, data.fingerprint]"],
+    ),
+    "sequence parallel alone": (
+        ["parallel.sp=true"],
+        "parallel.sp = true, parallel.tp = 1",
+        "parallel.sp to false",
+        ["parallel.sp=false"],
+    ),
+    "virtual stages alone": (
+        ["parallel.virtual_stages=2"],
+        "parallel.virtual_stages = 2, parallel.pp = 1",
+        "parallel.virtual_stages to 1",
+        ["parallel.virtual_stages=1"],
+    ),
+    "compiled ZeRO-3": (
+        ["parallel.zero=3", "training.compile=true"],
+        "parallel.zero = 3, training.compile = true",
+        "training.compile to false, or parallel.zero to 1 or 2",
+        ["parallel.zero=2"],
+    ),
     "batch": (
         ["training.microbatch_images=5"],
         "global_batch_images = 32, training.microbatch_images = 5",
@@ -272,14 +302,14 @@ def test_an_odd_width_is_two_problems_of_one_number(base: Path) -> None:
 
 def test_the_batch_depends_on_the_ranks(base: Path) -> None:
     run = load_run(base)
-    assert problems_of(run, data_parallel=8) == []
-    (problem,) = problems_of(run, data_parallel=16)
+    assert problems_of(run, devices=8) == []
+    (problem,) = problems_of(run, devices=16)
     assert "data-parallel ranks = 16" in problem.found
     assert "one of 1, 2" in problem.remedy
-    (problem,) = problems_of(run, data_parallel=3)
+    (problem,) = problems_of(run, devices=3)
     assert "multiple of 3" in problem.remedy
-    (problem,) = problems_of(run, data_parallel=0)
-    assert "0 data-parallel ranks" in problem.found
+    (problem,) = problems_of(run, devices=0)
+    assert "0 devices" in problem.found
 
 
 def test_all_problems_are_reported_together_and_each_once(base: Path) -> None:

@@ -15,6 +15,7 @@ from dsr_scale.config.load import dump_run, load_run, merge, parse_overrides, pa
 from dsr_scale.config.presets import with_preset
 from dsr_scale.config.problems import ConfigError
 from dsr_scale.config.run import RunConfig
+from dsr_scale.config.training import ema_name
 
 MINIMAL = """
 name: t
@@ -223,7 +224,8 @@ def test_a_key_of_another_kind_says_which(run_file: Path) -> None:
         ("training.steps='10'", 'training.steps = "10"', "a whole number"),
         ("training.steps=1.5", "training.steps = 1.5", "a whole number"),
         ("training.steps=0", "training.steps = 0", "greater than 0"),
-        ("training.ema_decay=1", "training.ema_decay = 1", "less than 1"),
+        ("training.ema_decays=[0.9, 1]", "training.ema_decays[1] = 1", "less than 1"),
+        ("training.ema_decays=[]", "training.ema_decays = []", "at least 1 item"),
         ("training.compile=1", "training.compile = 1", "true or false"),
         ("data.crop=middle", 'data.crop = "middle"', "center or random"),
         ("diffusion.shift=big", 'diffusion.shift = "big"', "dimension or a number"),
@@ -311,3 +313,8 @@ def test_the_config_package_needs_no_torch(run_file: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "t"
+
+
+def test_averages_are_named_without_a_dot() -> None:
+    names = {0.9999: "ema_9999", 0.9: "ema_9", 0.0: "ema_0", 1e-05: "ema_00001", 0.09: "ema_09"}
+    assert {decay: ema_name(decay) for decay in names} == names

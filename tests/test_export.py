@@ -63,9 +63,9 @@ def test_weights_are_the_ema(run: Path, bundle: Path) -> None:
     trained = checkpoint_tensors(run, 6)
     exported = load_file(bundle / "model.safetensors")
     for name, tensor in exported.items():
-        source = f"ema.{name}" if f"ema.{name}" in trained else f"buffers.{name}"
+        source = f"ema_9.{name}" if f"ema_9.{name}" in trained else f"buffers.{name}"
         assert torch.equal(tensor, trained[source]), name
-    assert len(exported) == sum(name.startswith(("ema.", "buffers.")) for name in trained)
+    assert len(exported) == sum(name.startswith(("ema_9.", "buffers.")) for name in trained)
 
 
 def test_bundle_draws_the_grid_that_training_drew(run: Path, bundle: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_token_norms_of_a_bundle(bundle: Path, tmp_path: Path) -> None:
     latents = encoder.encode(images).float()
     noise = draw_noise((192, 4, 4), 0, [0] * 3, range(3), "cpu")
     seen: list[torch.Tensor] = []
-    hook = pipeline.model.blocks[3].register_forward_hook(lambda *call: seen.append(call[2]))  # type: ignore[index]
+    hook = pipeline.model.blocks["3"].register_forward_hook(lambda *call: seen.append(call[2]))  # type: ignore[index]
     with torch.no_grad():
         pipeline.model(
             0.6 * latents + 0.4 * noise, torch.full((3,), 0.4), pipeline.condition(captions)

@@ -41,7 +41,7 @@ def test_cuda_equals_cpu_and_compiled_equals_eager(tmp_path: Path) -> None:
         model.cuda()
         inputs = latents.cuda(), timesteps.cuda(), condition.to("cuda")
         on_gpu = model(*inputs)
-        for block in model.blocks:
+        for block in model.blocks.values():
             block.compile(fullgraph=True)
         compiled = model(*inputs)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=1e-4)

@@ -232,7 +232,7 @@ def test_blocks_compile_whole_and_agree() -> None:
     )
     condition = Condition(null=torch.tensor([False, True]), tokens=captions("features", 5, 1))
     plain = run(model, condition)
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(run(model, condition), plain)
 
@@ -269,7 +269,7 @@ def test_blocks_with_flash_attention_compile_whole(monkeypatch: pytest.MonkeyPat
     plain = make_model(ClassConditioning(num_classes=3), "none", None)
     flash = DiT(plain.shape.model_copy(update={"attention": "flash"}))
     flash.load_state_dict(plain.state_dict())
-    for block in flash.blocks:
+    for block in flash.blocks.values():
         block.compile(fullgraph=True, backend="eager")
     condition = Condition(null=torch.tensor([False, True]), labels=torch.tensor([2, 0]))
     torch.testing.assert_close(run(flash, condition), run(plain, condition))

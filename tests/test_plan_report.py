@@ -39,7 +39,7 @@ def test_there_are_configs() -> None:
 def test_every_shipped_file_loads_checks_and_plans(path: Path) -> None:
     devices = devices_of(path)
     run = load_run(path)
-    check_run(run, data_parallel=devices)
+    check_run(run, devices=devices)
     report = plan_report(run, devices=devices)
     opening = path.read_text().split("\n\n")[0]
     assert opening.startswith("# "), "a file opens with what it is"
@@ -70,6 +70,7 @@ def test_figures_of_the_published_xl() -> None:
     assert report["latent"] == {"channels": 768, "grid": [16, 16]}
     assert report["batch"] == {
         "global_images": 1024,
+        "data_parallel": 8,
         "per_rank_images": 128,
         "microbatch_images": 32,
         "accumulation_steps": 4,
@@ -87,7 +88,7 @@ def test_the_published_recipe_has_its_precision() -> None:
 def test_the_emoji_run_divides_over_the_usual_numbers_of_devices() -> None:
     run = load_run(ROOT / "configs" / "emoji_64.yaml")
     for devices in (1, 2, 4, 8):
-        check_run(run, data_parallel=devices)
+        check_run(run, devices=devices)
 
 
 def test_sums_are_sums() -> None:
@@ -110,6 +111,96 @@ def test_images_per_second_only_where_there_is_ground_for_it() -> None:
     for override in ("training.compile=false", "model.preset=DiT-B"):
         slow = load_run(XL, ["training.precision=bf16", override])
         assert plan_report(slow, devices=8)["predicted_images_per_s"] == {}
+
+
+@pytest.mark.parametrize("size", ["0_5b", "2_4b", "5_5b", "9_8b"])
+def test_the_text_to_image_sizes_fit_eight_nodes_of_eight(size: str) -> None:
+    path = ROOT / "configs" / "t2i" / f"query_adaln_{size}.yaml"
+    run = load_run(path)
+    assert devices_of(path) == 64
+    assert f"srun --nodes 8 --ntasks-per-node 8 dsr-scale train {path.relative_to(ROOT)}" in (
+        path.read_text()
+    )
+    check_run(run, devices=64)
+    report = plan_report(run, devices=64)
+    assert report["batch"]["global_images"] == 2048
+    assert report["memory_bytes_per_gpu"]["total"] < 60 * 2**30, "room on 80 GB for the encoders"
+    assert run.training.skip.spike_deviations == 6
+
+
+def test_a_layout_is_told_in_full() -> None:
+    dh = ROOT / "configs" / "published" / "dit_dh_xl.yaml"
+    settings = ["parallel.tp=2", "parallel.sp=true", "parallel.pp=4", "parallel.offload=true"]
+    report = plan_report(load_run(dh, settings), devices=16)
+    assert report["layout"] == {
+        "tp": 2,
+        "pp": 4,
+        "dp": 2,
+        "sp": True,
+        "virtual_stages": 1,
+        "zero": 1,
+        "offload": True,
+        "recompute": "none",
+    }
+    stages = report["pipeline"]["stages"]
+    assert [stage["blocks"] for stage in stages] == [[0, 10], [10, 19], [19, 28], [28, 30]]
+    assert sum(stage["share"] for stage in stages) == pytest.approx(1)
+    assert report["pipeline"]["bubble"] == 3 / (16 + 3)
+    assert report["batch"]["accumulation_steps"] == 16
+    assert report["memory_bytes_per_gpu"]["optimizer"] == 0 < report["host_memory_bytes_per_rank"]
+    wire = dict(report["wire_bytes_per_step"])
+    assert wire.pop("total") == sum(wire.values())
+    assert report["predicted_images_per_s"] == {}
+    assert json.loads(json.dumps(report)) == report
+    printed = CliRunner().invoke(
+        app, ["plan", str(dh), *settings, "--devices", "16"], env={"COLUMNS": "200"}
+    )
+    assert printed.exit_code == 0, printed.output
+    for text in (
+        "2 tensor × 4 pipeline × 2 data = 16 ranks, ZeRO-1, sequence parallel, optimizer on the host",
+        "blocks 28 to 29 (2)",
+        f"bubble {3 / 19:.1%}",
+        "which needs the most",
+        "wire per step: pipeline sent",
+        f"{report['host_memory_bytes_per_rank'] / 2**30:,.3f} GiB of optimizer",
+    ):
+        assert text in printed.output, text
+
+
+def test_figures_of_the_page_on_parallelism() -> None:
+    """`# …: X GiB, balance B, bubble C %` above a command is what that command prints."""
+    page = (ROOT / "docs" / "parallelism.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"# [^\n]*?: ([^\n]*GiB[^\n]*)\n +dsr-scale plan ([^\n]+)\n", page)
+    assert len(found) == 4
+    for figures, command in found:
+        path, *settings = command.replace("--devices ", "--devices=").split()
+        (devices,) = (int(s.split("=")[1]) for s in settings if s.startswith("--devices="))
+        run = load_run(ROOT / path, [s for s in settings if not s.startswith("--")])
+        check_run(run, devices=devices)
+        report = plan_report(run, devices=devices)
+        gib = [f"{report['memory_bytes_per_gpu']['total'] / 2**30:.1f}"]
+        if report["host_memory_bytes_per_rank"]:
+            gib.append(f"{report['host_memory_bytes_per_rank'] / 2**30:.1f}")
+        assert re.findall(r"([\d.]+) GiB", figures) == gib
+        if report["pipeline"]:
+            assert f"balance {report['pipeline']['balance']:.3f}" in figures
+            assert f"bubble {100 * report['pipeline']['bubble']:.1f} %" in figures
+
+
+def test_a_pipeline_s_waiting_lowers_the_prediction() -> None:
+    whole = plan_report(load_run(XL, ["training.precision=bf16"]), devices=8)
+    parted = plan_report(load_run(XL, ["training.precision=bf16", "parallel.pp=4"]), devices=8)
+    pipeline = parted["pipeline"]
+    assert parted["predicted_images_per_s"]["H200"] == pytest.approx(
+        whole["predicted_images_per_s"]["H200"] * pipeline["balance"] * (1 - pipeline["bubble"])
+    )
+    for override in ("parallel.tp=2", "parallel.offload=true"):
+        run = load_run(XL, ["training.precision=bf16", override])
+        assert plan_report(run, devices=8)["predicted_images_per_s"] == {}
+    full = load_run(XL, ["training.precision=bf16", "training.recompute=full"])
+    assert plan_report(full, devices=8)["predicted_images_per_s"]["H200"] == pytest.approx(
+        whole["predicted_images_per_s"]["H200"] * 3 / 4
+    )
 
 
 def test_epochs_from_a_manifest_or_an_index(tmp_path: Path) -> None:
@@ -151,7 +242,7 @@ def test_printed_text_and_json_agree() -> None:
         f"{report['parameters']['AdaLN']:,}",
         f"{report['forward_flops_per_image']['total'] / 1e9:.1f} GFLOPs",
         f"{report['memory_bytes_per_gpu']['total'] / 2**30:,.3f} GiB",
-        "8 ranks × 32 per micro-batch × 4 accumulated (128 per rank)",
+        "8 data-parallel ranks × 32 per micro-batch × 4 accumulated (128 per rank)",
         "36 registers from block 8",
         f"{report['images_seen']:,}",
         "predicted on 8 × H200",
@@ -170,7 +261,8 @@ def test_plan_runs_where_torch_cannot_be_imported(flags: list[str]) -> None:
         "            raise ImportError(f'{name} is not to be imported')\n"
         "sys.meta_path.insert(0, Refuse())\n"
         "from dsr_scale.cli.main import run\n"
-        f"sys.argv = ['dsr-scale', 'plan', {str(XL)!r}, '--devices', '8', *{flags!r}]\n"
+        f"sys.argv = ['dsr-scale', 'plan', {str(XL)!r}, 'parallel.pp=2', '--devices', '8', "
+        f"*{flags!r}]\n"
         "run()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

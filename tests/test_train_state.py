@@ -21,6 +21,8 @@ def state(folder: Path, *overrides: str) -> RunState:
         step=3,
         samples_seen=24,
         skipped_steps=0,
+        skipped_in_a_row=0,
+        guard=(0.0, 0.0, 0.0, 0.0, 0.0),
         corrupt_seen=0,
         data_fingerprint="a" * 64,
         data_samples=20,
@@ -28,7 +30,7 @@ def state(folder: Path, *overrides: str) -> RunState:
         model_shape=shape.model_dump(mode="json"),
         timestep_shift=timestep_shift(run, shape),
         tracker_run_id=None,
-        world_size=1,
+        layout={"tp": 1, "pp": 1, "dp": 1, "zero": 1},
         versions={},
     )
 
@@ -74,7 +76,7 @@ def test_must_not_change(tmp_path: Path, override: str, named: str) -> None:
 
 def test_other_data_is_recognised_by_its_content(tmp_path: Path) -> None:
     saved = state(tmp_path)
-    with pytest.raises(InputError, match="data fingerprint aaaa"):
+    with pytest.raises(InputError, match="data.fingerprint was aaaa"):
         check_resumable(saved, replace(saved, data_fingerprint="b" * 64))
 
 

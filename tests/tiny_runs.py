@@ -42,7 +42,7 @@ CONFIG = {
         "device": "cpu",
         # A key bias has no gradient but rounding; Adam's usual eps would blow that up to full steps.
         "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, "eps": 1e-4},
-        "ema_decay": 0.9,
+        "ema_decays": [0.9],
     },
     "checkpoint": {"every_steps": 3, "keep_last": 5},
     "tracking": {"log_every_steps": 1, "wandb": "off"},

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from dsr_scale.config.load import load_run
@@ -25,9 +26,17 @@ def main() -> None:
         with ids_file.open("a") as file:
             file.write(json.dumps({"step": step, "rank": rank, "ids": ids}) + "\n")
         if step == kill_after:
+            wait_for_saves(Path(run.directory))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(load_run(config, sys.argv[4:]), on_step=on_step)
+    run = load_run(config, sys.argv[4:])
+    train(run, on_step=on_step)
+
+
+def wait_for_saves(directory: Path) -> None:
+    """Until no save is being written in the background, so that what the kill leaves is known."""
+    while list(directory.glob("checkpoints/*.partial")):
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

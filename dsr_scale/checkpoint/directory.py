@@ -1,27 +1,38 @@
 """Checkpoint directories by step: which exist, which is newest, which may go.
 
-    <run>/checkpoints/step_00000300/        complete: tensors and run_state.json
-    <run>/checkpoints/step_00000400.partial an unfinished save; named in the log, never loaded
+    <run>/checkpoints/step_00000300/         complete: .metadata, __RANK_0.distcp, run_state.json
+    <run>/checkpoints/step_00000400.partial  an unfinished save; named in the log, never loaded
+    <run>/checkpoints/step_00000200.damaged  failed its checksums at a resume, which left it behind
 
 A save is written under the `.partial` name and renamed when everything is on disk, so a killed
-save can never become the newest.
+save can never become the newest. `run_state.json` is written last. It lists every other file with
+its checksum and ends the chain with one of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
 
 RUN_STATE_FILE = "run_state.json"
 PARTIAL_SUFFIX = ".partial"
-FORMAT = 1
+REPLACED_SUFFIX = ".replaced"
+DAMAGED_SUFFIX = ".damaged"
+FORMAT = 2
 """Of run_state.json and of the tensors' names."""
 _STEP = re.compile(r"step_(\d+)")
+
+
+class DamagedError(InputError):
+    """A file of a checkpoint is not what was saved."""
 
 
 def checkpoints_directory(run_directory: Path) -> Path:
@@ -36,21 +47,18 @@ def step_directory(run_directory: Path, step: int) -> Path:
 
 def complete_steps(run_directory: Path) -> list[int]:
     """Steps of all complete checkpoints, ascending."""
-    parent = checkpoints_directory(run_directory)
-    if not parent.is_dir():
-        return []
-    found = []
-    for entry in parent.iterdir():
-        match = _STEP.fullmatch(entry.name)
-        if match and (entry / RUN_STATE_FILE).is_file():
-            found.append(int(match[1]))
-    return sorted(found)
+    entries = checkpoints_directory(run_directory).glob("step_*")
+    return sorted(int(entry.name.removeprefix("step_")) for entry in entries if _complete(entry))
 
 
 def partial_saves(run_directory: Path) -> list[Path]:
-    """Saves and removals that were cut off: everything that is no complete checkpoint."""
+    """Saves and removals that were cut off: everything that is neither complete nor set aside."""
     entries = sorted(checkpoints_directory(run_directory).glob("step_*"))
-    return [entry for entry in entries if not (entry / RUN_STATE_FILE).is_file()]
+    return [entry for entry in entries if not _complete(entry) and entry.suffix != DAMAGED_SUFFIX]
+
+
+def _complete(entry: Path) -> bool:
+    return bool(_STEP.fullmatch(entry.name)) and (entry / RUN_STATE_FILE).is_file()
 
 
 def find_checkpoint(run_directory: Path, step: int | None = None) -> Path:
@@ -73,17 +81,38 @@ def find_checkpoint(run_directory: Path, step: int | None = None) -> Path:
     return step_directory(run_directory, step)
 
 
+def write_run_state(
+    checkpoint: Path, run_state: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Writes the file that makes a checkpoint complete; `files` are all others by name."""
+    # Through JSON once, so that what is summed is what a reader will see: string keys, lists.
+    content = json.loads(json.dumps({**run_state, "format": FORMAT, "files": files}))
+    content["checksum"] = _checksum(content)
+    atomic_files.write_bytes(checkpoint / RUN_STATE_FILE, _rendered(content))
+
+
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """The run state saved with a checkpoint. Raises InputError when it is damaged or of another format."""
+    """The run state saved with a checkpoint.
+
+    Raises DamagedError when a byte of it differs from what was written, InputError when it is of
+    another format.
+    """
     path = checkpoint / RUN_STATE_FILE
     try:
-        state = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(
-            found=f"{path} is damaged: {error}",
-            required="the file as it was saved",
-            remedy=f"remove {checkpoint}; the checkpoint before it is used then",
-        ) from error
+        written = path.read_bytes()
+        state = json.loads(written)
+        intact = isinstance(state, dict)
+    except FileNotFoundError as error:
+        raise _damaged(checkpoint, "it is missing") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint, str(error)) from error
+    if not intact:
+        raise _damaged(checkpoint, "it holds no run state")
+    if "checksum" in state or state.get("format") == FORMAT:
+        expected = _checksum({key: value for key, value in state.items() if key != "checksum"})
+        # The text is compared as well: a changed blank changes no value.
+        if state.get("checksum") != expected or written != _rendered(state):
+            raise _damaged(checkpoint, "its checksum differs")
     if state.get("format") != FORMAT:
         raise InputError(
             found=f"format {state.get('format')} in {path}",
@@ -91,6 +120,32 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
             remedy="use the version of dsr-scale that the run was trained with",
         )
     return state
+
+
+def _damaged(checkpoint: Path, reason: str) -> DamagedError:
+    return DamagedError(
+        found=f"{checkpoint / RUN_STATE_FILE} is damaged: {reason}",
+        required="the file as it was saved",
+        remedy=f"remove {checkpoint}; the checkpoint before it is used then",
+    )
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _rendered(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it neither counts as one nor is lost."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED_SUFFIX)
+    if aside.exists():
+        shutil.rmtree(aside)
+    atomic_files.rename(checkpoint, aside)
+    return aside
 
 
 def remove_old(run_directory: Path, *, keep_last: int, keep_every_steps: int | None) -> list[int]:

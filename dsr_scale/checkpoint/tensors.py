@@ -1,119 +1,39 @@
-"""Tensors of a checkpoint by global name, through torch.distributed.checkpoint (DCP).
+"""Reading tensors of a checkpoint by global name, through torch.distributed.checkpoint (DCP).
 
-Each tensor is written whole by one rank (tensor i by rank i mod world size), so that a save costs
-every rank its share of host memory and disk bandwidth, and any number of ranks, or one process
-without a process group, can read the result by name.
+Whatever layout saved it, a rank, or one process without a process group, reads the boxes it wants:
+`load_pieces` into the fragments a training rank owns, `load` whole tensors for export. Each saved
+box is read once and copied to all places that want a part of it, so host memory beside the target
+is one saved box, and a rank reads little more than what it keeps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
-from dsr_scale.base import atomic_files
+from dsr_scale.base.boxes import Box, Piece
 from dsr_scale.base.errors import InputError
-from dsr_scale.checkpoint.directory import FORMAT, PARTIAL_SUFFIX, RUN_STATE_FILE
+from dsr_scale.checkpoint.agreement import described
+from dsr_scale.checkpoint.planners import PiecesLoadPlanner, part_of
 
 READ_BYTES = 1 << 30
-"""Tensors are read in groups of about this size, which bounds host memory during a load."""
-
-
-def save(
-    target: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    run_state: Mapping[str, Any],
-    *,
-    group: dist.ProcessGroup,
-) -> None:
-    """Writes a complete checkpoint directory `target`, or leaves none. A collective.
-
-    `tensors` yields the same names on every rank in the same order. Raises InputError on every rank
-    when the disk of one is full or refuses.
-    """
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    mine = {
-        name: tensor.detach().to("cpu", copy=True)
-        for index, (name, tensor) in enumerate(tensors)
-        if index % world_size == rank
-    }
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    failure: BaseException | None = None
-    try:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    _raise_together(failure, partial, group)
-    try:
-        # Alone there is nobody to agree with; and after a save that agreed through gloo, steps on 2
-        # CPU cores took 137 ms instead of 98 for the rest of the run (why is not known).
-        with _quiet_about_no_process_group():
-            dcp.save(
-                mine,
-                storage_writer=dcp.FileSystemWriter(partial),
-                process_group=group,
-                no_dist=world_size == 1,
-            )
-        if rank == 0:
-            state = {**run_state, "format": FORMAT}
-            atomic_files.write_json(partial / RUN_STATE_FILE, state)
-            # Another save of the same step is kept until this one is whole.
-            shutil.rmtree(target, ignore_errors=True)
-            atomic_files.rename(partial, target)
-    # DCP's own exception is no Exception.
-    except (Exception, dcp.CheckpointException) as error:
-        failure = error
-    _raise_together(failure, partial, group)
-
-
-def _raise_together(failure: BaseException | None, partial: Path, group: dist.ProcessGroup) -> None:
-    """Raises on every rank when one of them failed, after removing what was written."""
-    failures: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, None if failure is None else _described(failure), group=group)
-    messages = sorted({message for message in failures if message is not None})
-    if not messages:
-        return
-    if dist.get_rank(group) == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    raise InputError(
-        found=f"the checkpoint {partial.with_suffix('')} could not be written: {'; '.join(messages)}",
-        required="room for the whole checkpoint, and permission to write it",
-        remedy="free space or change the permissions; start again with the same command, "
-        "which goes on from the last complete checkpoint",
-    ) from failure
-
-
-def _described(failure: BaseException) -> str:
-    """One line on why a save failed, with the cause DCP wraps."""
-    if isinstance(failure, dcp.CheckpointException):
-        causes = [repr(cause[0]) for cause in failure.failures.values()]
-        text = "; ".join(causes)
-    else:
-        text = repr(failure)
-    # torch's writer reports a full disk only as a position that is not the expected one.
-    if "inline_container" in text or "PytorchStreamWriter" in text:
-        return f"no space left or write refused ({text.splitlines()[0][:200]})"
-    return text.splitlines()[0][:300]
+"""Whole tensors are read in groups of about this size, which bounds host memory during an export."""
 
 
 def names_and_shapes(checkpoint: Path) -> dict[str, torch.Size]:
     """What a checkpoint holds, from its metadata alone."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-    return {
-        name: entry.size
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
+    with _damage_reported(checkpoint):
+        return _held(_Reader(checkpoint))
 
 
 def load(
@@ -121,53 +41,139 @@ def load(
     wanted: Mapping[str, torch.Size],
     receive: Callable[[str, torch.Tensor], object],
 ) -> None:
-    """Reads the `wanted` tensors in fp32 and hands each to `receive`.
+    """Reads the `wanted` tensors whole, in fp32, and hands each to `receive`.
 
-    Needs no process group: every caller reads for itself, so a job of many ranks reads the whole
-    checkpoint once per rank. Raises InputError when a name is missing
-    or has another shape: the checkpoint is of another model.
+    Needs no process group; every caller reads for itself. Raises InputError when the checkpoint is
+    of another model or damaged.
     """
     check_fits(checkpoint, wanted)
+    reader = _Reader(checkpoint)
     for names in _groups(wanted):
         tensors = {name: torch.empty(wanted[name], dtype=torch.float32) for name in names}
-        with _quiet_about_no_process_group():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        pieces = [
+            Piece(name, tuple(tensor.shape), Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
+            for name, tensor in tensors.items()
+        ]
+        _fill(reader, pieces, checkpoint)
+        del pieces
         for name in names:
             receive(name, tensors.pop(name))
 
 
+def load_pieces(checkpoint: Path, pieces: Iterable[Piece]) -> None:
+    """Fills the tensor of every piece in place, on whatever device it is.
+
+    No collective: each rank reads its own boxes. Raises InputError when a tensor is missing, has
+    another shape, or a file is damaged. That the checkpoint holds nothing beside the whole model
+    is for `check_fits`, which no single pipeline stage could tell.
+    """
+    pieces = list(pieces)
+    reader = _Reader(checkpoint)
+    with _damage_reported(checkpoint):
+        held = _held(reader)
+    wanted = {piece.name: torch.Size(piece.shape) for piece in pieces}
+    _refuse_if_any(checkpoint, _misfits(held, wanted))
+    _fill(reader, pieces, checkpoint)
+
+
 def check_fits(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> None:
-    """Raises InputError unless the checkpoint holds every wanted name in the wanted shape."""
+    """Raises InputError unless the checkpoint holds every wanted name in the wanted shape.
+
+    Of the kinds wanted (`weights`, `ema`, …) it must hold no other name.
+    """
     held = names_and_shapes(checkpoint)
-    problems = [f"{name} is missing" for name in wanted if name not in held]
-    problems += [
-        f"{name} is {tuple(held[name])}, not {tuple(shape)}"
-        for name, shape in wanted.items()
-        if name in held and held[name] != shape
-    ]
     kinds = {name.partition(".")[0] for name in wanted}
-    problems += [
+    foreign = [
         f"{name} belongs to no parameter of this model"
         for name in held
         if name.partition(".")[0] in kinds and name not in wanted
     ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (
-            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        )
-        raise InputError(
-            found=f"checkpoint {checkpoint} of another model: {shown}",
-            required="the tensors of the model in the config",
-            remedy="use the config the run was started with (config.yaml in its directory), "
-            "or another run directory",
-        )
+    _refuse_if_any(checkpoint, _misfits(held, wanted) + foreign)
+
+
+def _misfits(held: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
+    problems = [f"{name} is missing" for name in wanted if name not in held]
+    problems += [
+        f"{name} is {tuple(held[name])}, not {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in held and tuple(held[name]) != tuple(shape)
+    ]
+    return problems
+
+
+def _refuse_if_any(checkpoint: Path, problems: Sequence[str]) -> None:
+    if not problems:
+        return
+    shown = "; ".join(problems[:5])
+    if len(problems) > 5:
+        shown += f"; and {len(problems) - 5} more"
+    raise InputError(
+        found=f"checkpoint {checkpoint} of another model: {shown}",
+        required="the tensors of the model in the config",
+        remedy="use the config the run was started with (config.yaml in its directory), "
+        "or another run directory",
+    )
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, which would read a saved box again for every place that wants a part of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted: dict[MetadataIndex, list[ReadItem]] = {}
+        for item in plan.items:
+            wanted.setdefault(item.storage_index, []).append(item)
+        by_file: dict[str, list[MetadataIndex]] = {}
+        for index in sorted(wanted, key=lambda index: self.storage_data[index].offset):
+            by_file.setdefault(self.storage_data[index].relative_path, []).append(index)
+        for name, indices in by_file.items():
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+                for index in indices:
+                    content = self._slice_file(stream, self.storage_data[index])
+                    saved = torch.load(content, map_location="cpu", weights_only=True)
+                    for item in wanted[index]:
+                        part = part_of(saved, item.storage_offsets, item.lengths)
+                        planner.resolve_tensor(item).detach().copy_(part)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _held(reader: _Reader) -> dict[str, torch.Size]:
+    return {
+        name: entry.size
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, dcp.TensorStorageMetadata)
+    }
+
+
+def _fill(reader: _Reader, pieces: Iterable[Piece], checkpoint: Path) -> None:
+    with _damage_reported(checkpoint), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        planner = PiecesLoadPlanner(pieces)
+        dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
 
 
 @contextlib.contextmanager
-def _quiet_about_no_process_group() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+def _damage_reported(checkpoint: Path) -> Iterator[None]:
+    """Whatever a damaged file makes pickle, zip and DCP raise becomes one error."""
+    try:
         yield
+    # DCP's own exception is no Exception.
+    except (Exception, dcp.CheckpointException) as error:
+        raise InputError(
+            found=f"checkpoint {checkpoint} could not be read: {described(error)}",
+            required="every file as it was saved",
+            remedy=f"see which file is damaged: dsr-scale checkpoint verify {checkpoint}",
+        ) from error
 
 
 def _groups(wanted: Mapping[str, torch.Size]) -> Iterator[list[str]]:

@@ -9,13 +9,6 @@ from typing import Annotated
 import typer
 
 
-class Weights(StrEnum):
-    """Which weights to export."""
-
-    ema = "ema"
-    raw = "raw"
-
-
 class BundleDtype(StrEnum):
     """Precision of the exported weights."""
 
@@ -28,7 +21,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run directory of dsr-scale train.")],
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint; the newest by default.")] = None,
-    weights: Annotated[Weights, typer.Option(help="Averaged or raw weights.")] = Weights.ema,
+    weights: Annotated[
+        str, typer.Option(help="`raw`, `ema` (the run's first average), or one by name: `ema_9995`.")
+    ] = "ema",
     dtype: Annotated[BundleDtype, typer.Option(help="Precision.")] = BundleDtype.fp32,
 ) -> None:
     """Write safetensors and a description that `dsr-scale sample` reads without the trainer."""
@@ -36,8 +31,8 @@ def export(
 
     from dsr_scale.export.bundle import export_run
 
-    description = export_run(run, out, step=step, weights=weights.value, dtype=dtype.value)
+    description = export_run(run, out, step=step, weights=weights, dtype=dtype.value)
     Console(stderr=True).print(
-        f"step {description.provenance.step} ({weights.value}, {dtype.value}) of "
+        f"step {description.provenance.step} ({description.provenance.weights}, {dtype.value}) of "
         f"{description.provenance.run_name} → {out}"
     )

@@ -1,7 +1,8 @@
 """The `dsr-scale` command: one line per subcommand, and how mistakes of input are shown.
 
 Each subcommand is a function in a module of its own that imports what is heavy inside, so that
-`--help` and `plan` start without torch. Add one with `app.command("NAME")(module.function)`.
+`--help` and `plan` start without torch. Add one with `app.command("NAME")(module.function)`, or
+several of one subject as a `typer.Typer` with `app.add_typer`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from rich.text import Text
 
 import dsr_scale
 from dsr_scale.base.errors import InputError
-from dsr_scale.cli import export, pack, plan, sample, train
+from dsr_scale.cli import checkpoint, export, pack, plan, sample, train
 from dsr_scale.config.problems import ConfigError
 
-TRAINING_PACKAGES = {"deepspeed", "streaming", "webdataset", "wandb", "pyarrow", "matplotlib"}
+TRAINING_PACKAGES = {
+    "deepspeed",
+    "streaming",
+    "webdataset",
+    "wandb",
+    "pyarrow",
+    "matplotlib",
+    "xxhash",
+}
 """What a plain install, made for sampling, does not have."""
 
 app = typer.Typer(
@@ -54,6 +63,7 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("export")(export.export)
 app.command("sample")(sample.sample)
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def run() -> None:

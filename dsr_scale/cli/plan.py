@@ -1,7 +1,7 @@
 """`dsr-scale plan`: everything about a run that follows from its file, before a GPU is asked for.
 
-Needs neither torch nor a GPU. What it prints is counted, except memory of compiled activations and
-images per second, which are marked as predicted with what they assume.
+Needs neither torch nor a GPU. What it prints is counted, except memory of activations where the notes
+call it derived, and images per second, which are a prediction with what it assumes.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def plan(
         ),
     ] = None,
     devices: Annotated[
-        int, typer.Option("--devices", min=1, help="GPUs that share the global batch.")
+        int, typer.Option("--devices", min=1, help="All GPUs: tensor × pipeline × data ranks.")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check a run file; print parameters, FLOPs, memory per GPU and batch arithmetic."""
+    """Check a run file; print its sizes, FLOPs, layout, memory per GPU and batch arithmetic."""
     import json
 
     from dsr_scale.config.checks import check_run
     from dsr_scale.config.load import load_run
 
     run = load_run(config, overrides or [])
-    check_run(run, data_parallel=devices)
+    check_run(run, devices=devices)
     report = plan_report(run, devices=devices)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -60,17 +60,18 @@ def plan(
 def plan_report(run: RunConfig, *, devices: int) -> dict[str, Any]:
     """All that `plan` shows, as JSON values; bytes, FLOPs and counts are plain integers.
 
-    Raises InputError when the global batch does not divide over `devices`.
+    Raises InputError when the replicas or the global batch do not divide over `devices`.
     """
     from dsr_scale.config import costs, derive
+    from dsr_scale.config.layout_report import layout_report
     from dsr_scale.config.presets import with_preset
 
     run = run.model_copy(update={"model": with_preset(run.model)})
     shape = derive.model_shape(run)
     counts = costs.parameters(shape)
     flops = costs.forward_flops(shape)
-    memory = costs.memory_per_gpu(run, shape, data_parallel=devices)
-    batch = derive.batch_arithmetic(run, devices)
+    layout = layout_report(run, shape, devices=devices)
+    batch = derive.batch_arithmetic(run, layout["layout"]["dp"])
     images_seen = run.training.steps * batch.global_images
     samples = sample_count(run)
     return {
@@ -96,10 +97,11 @@ def plan_report(run: RunConfig, *, devices: int) -> dict[str, Any]:
         | {"total": costs.total(counts).stored, "total_unpadded": costs.total(counts).published},
         "forward_flops_per_image": flops | {"total": sum(flops.values())},
         "training_flops_per_image": costs.training_flops(shape),
-        "memory_bytes_per_gpu": memory._asdict() | {"total": memory.total},
+        **layout,
         "batch": {
             "global_images": batch.global_images,
-            "per_rank_images": batch.global_images // devices,
+            "data_parallel": batch.data_parallel,
+            "per_rank_images": batch.global_images // batch.data_parallel,
             "microbatch_images": batch.microbatch_images,
             "accumulation_steps": batch.accumulation_steps,
         },
@@ -107,7 +109,7 @@ def plan_report(run: RunConfig, *, devices: int) -> dict[str, Any]:
         "images_seen": images_seen,
         "samples": samples,
         "epochs": images_seen / samples if samples else None,
-        "predicted_images_per_s": _predictions(run, shape, devices),
+        "predicted_images_per_s": _predictions(run, shape, devices, layout["pipeline"]),
         "notes": _notes(run, shape),
     }
 
@@ -138,33 +140,31 @@ def sample_count(run: RunConfig) -> int | None:
     return count if run.data.max_samples is None else min(count, run.data.max_samples)
 
 
-def _predictions(run: RunConfig, shape: ModelShape, devices: int) -> dict[str, float]:
+def _predictions(
+    run: RunConfig, shape: ModelShape, devices: int, pipeline: dict[str, Any] | None
+) -> dict[str, float]:
     """Images per second on all devices, by GPU; empty where there is no ground for a number."""
     from dsr_scale.config import costs
 
-    if run.training.precision != "bf16" or not run.training.compile:
+    training, parallel = run.training, run.parallel
+    if training.precision != "bf16" or not training.compile:
         return {}
-    if shape.width < PREDICTED_FROM_WIDTH:
+    if shape.width < PREDICTED_FROM_WIDTH or parallel.tp > 1 or parallel.offload:
         return {}
     flops = costs.training_flops(shape)
+    if training.recompute == "full":
+        flops = flops * 4 / 3
+    working = pipeline["balance"] * (1 - pipeline["bubble"]) if pipeline else 1.0
     return {
-        gpu: devices * ASSUMED_SHARE * ceiling * 1e12 / flops
+        gpu: devices * working * ASSUMED_SHARE * ceiling * 1e12 / flops
         for gpu, ceiling in costs.MEASURED_CEILING_TFLOPS.items()
     }
 
 
 def _notes(run: RunConfig, shape: ModelShape) -> list[str]:
-    notes = [
-        "Memory leaves out the frozen encoders, the caption's embedder, communication buffers and "
-        "the allocator's slack.",
-        "ZeRO-1: optimizer and EMA are divided over the devices.",
-    ]
-    if run.training.compile:
-        notes.append(
-            "Activations of compiled blocks are derived from perfect fusion, not measured."
-        )
-    if run.data.buckets:
-        notes.append("FLOPs, tokens and memory are those of the square image, not of each bucket.")
+    from dsr_scale.config.layout_report import layout_notes
+
+    notes = layout_notes(run)
     tokens = shape.channels * shape.patch**2
     widest = max(shape.width, shape.head.width if shape.head else 0)
     if widest < tokens:
@@ -182,6 +182,7 @@ def _print_report(report: dict[str, Any], console: Console) -> None:
     _print_config(report["config"], console)
     _print_sizes(report, console)
     _print_costs(report, console)
+    _print_layout(report, console)
     _print_batch(report, console)
     for note in report["notes"]:
         console.print(Text(f"note: {note}", style="dim"))
@@ -246,11 +247,6 @@ def _print_costs(report: dict[str, Any], console: Console) -> None:
     )
     training = report["training_flops_per_image"]
     table.add_row("training per image", f"{_gflops(training)} GFLOPs (3 × forward)")
-    memory = report["memory_bytes_per_gpu"]
-    for item, size in memory.items():
-        if item != "total":
-            table.add_row(f"memory per GPU: {item}", _gib(size))
-    table.add_row("memory per GPU: all", f"{_gib(memory['total'])} on each of {report['devices']}")
     for gpu, rate in report["predicted_images_per_s"].items():
         table.add_row(
             f"predicted on {report['devices']} × {gpu}",
@@ -260,12 +256,50 @@ def _print_costs(report: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _print_layout(report: dict[str, Any], console: Console) -> None:
+    table = _table("layout", console)
+    layout, pipeline = report["layout"], report["pipeline"]
+    ranks = f"{layout['tp']} tensor × {layout['pp']} pipeline × {layout['dp']} data"
+    ranks += f" = {report['devices']} ranks, ZeRO-{layout['zero']}"
+    ranks += ", sequence parallel" if layout["sp"] else ""
+    ranks += ", optimizer on the host" if layout["offload"] else ""
+    table.add_row("ranks", f"{ranks}, recompute {layout['recompute']}")
+    if pipeline:
+        for number, stage in enumerate(pipeline["stages"]):
+            first, stop = stage["blocks"]
+            table.add_row(
+                f"stage {number} on pipeline rank {stage['pipeline_rank']}",
+                f"blocks {first} to {stop - 1} ({stop - first}), {stage['share']:.1%} of FLOPs",
+            )
+        table.add_row(
+            "pipeline",
+            f"balance {pipeline['balance']:.3f} (mean over dearest rank), "
+            f"bubble {pipeline['bubble']:.1%}",
+        )
+    memory = report["memory_bytes_per_gpu"]
+    for item, size in memory.items():
+        if item != "total":
+            table.add_row(f"memory per GPU: {item}", _gib(size))
+    on = f"on each of {report['devices']}"
+    if pipeline:
+        on = f"on pipeline rank {report['memory_pipeline_rank']}, which needs the most"
+    table.add_row("memory per GPU: all", f"{_gib(memory['total'])} {on}")
+    if report["host_memory_bytes_per_rank"]:
+        table.add_row(
+            "host memory per rank", f"{_gib(report['host_memory_bytes_per_rank'])} of optimizer"
+        )
+    for item, size in report["wire_bytes_per_step"].items():
+        if size and item != "total":
+            table.add_row(f"wire per step: {item.replace('_', ' ')}", _gib(size))
+    console.print(table)
+
+
 def _print_batch(report: dict[str, Any], console: Console) -> None:
     table = _table("training", console)
     batch = report["batch"]
     table.add_row(
         "batch",
-        f"{batch['global_images']:,} images = {report['devices']} ranks × "
+        f"{batch['global_images']:,} images = {batch['data_parallel']} data-parallel ranks × "
         f"{batch['microbatch_images']} per micro-batch × {batch['accumulation_steps']} accumulated "
         f"({batch['per_rank_images']:,} per rank)",
     )

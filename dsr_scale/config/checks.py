@@ -6,6 +6,7 @@ more of them. All of it is arithmetic on the config, so a cluster job fails on t
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 
 from dsr_scale.base.errors import InputError
@@ -13,13 +14,21 @@ from dsr_scale.config.derive import (
     batch_arithmetic,
     latent_channels,
     latent_grid,
+    parallel_layout,
     register_start,
 )
 from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
 from dsr_scale.config.model import ClassConditioning
+from dsr_scale.config.parallel_checks import (
+    microbatch_problems,
+    pipeline_problems,
+    sequence_problems,
+    tensor_problems,
+)
 from dsr_scale.config.presets import with_preset
 from dsr_scale.config.problems import raise_problems
 from dsr_scale.config.run import RunConfig
+from dsr_scale.config.schema_paths import leaf_paths
 from dsr_scale.config.shape_checks import (
     Problems,
     flash_problems,
@@ -32,16 +41,17 @@ from dsr_scale.config.shape_checks import (
 _DECODER_FOR = {"pixels": "pixels", "vit": "rae", "vae": "vae"}
 """Image encoder kind → the decoder kind that inverts it."""
 
+DATA_FINGERPRINT = "data.fingerprint"
+"""What `checkpoint.allow_changed` calls the identity of the data set, which no setting holds."""
 
-def check_run(run: RunConfig, *, data_parallel: int = 1) -> None:
-    """Raise InputError with everything in `run` that does not fit together.
 
-    `data_parallel` is the number of ranks that share the global batch.
-    """
+def check_run(run: RunConfig, *, devices: int = 1) -> None:
+    """Raise InputError with everything in `run` that does not fit together on `devices` processes."""
     problems: list[InputError] = []
     for check in _CHECKS:
         _collect(problems, check(run))
-    _collect(problems, _batch(run, data_parallel))
+    _collect(problems, _batch(run, devices))
+    _collect(problems, microbatch_problems(run, devices))
     raise_problems(f"the run {run.name}", problems)
 
 
@@ -187,6 +197,15 @@ def _checkpoints(run: RunConfig) -> Problems:
             required="steps at which a checkpoint is written",
             remedy=f"set checkpoint.keep_every_steps to a multiple of {every}",
         )
+    known = {DATA_FINGERPRINT, *leaf_paths(RunConfig)}
+    for name in run.checkpoint.allow_changed:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            yield InputError(
+                found=f"checkpoint.allow_changed with {name!r}, which is no setting",
+                required=f"dotted names of settings, or {DATA_FINGERPRINT}",
+                remedy=f"did you mean {close[0]}?" if close else f"remove {name!r}",
+            )
 
 
 def _sampling(run: RunConfig) -> Problems:
@@ -241,16 +260,20 @@ def _class_prompts(run: RunConfig) -> Problems:
         )
 
 
-def _batch(run: RunConfig, data_parallel: int) -> Problems:
-    """A global batch that does not divide is reported with the other problems."""
-    if data_parallel < 1:
+def _averages(run: RunConfig) -> Problems:
+    decays = run.training.ema_decays
+    if len(set(decays)) < len(decays):
         yield InputError(
-            found=f"{data_parallel} data-parallel ranks",
-            required="at least one",
-            remedy="give a positive number of devices",
+            found=f"training.ema_decays = {list(decays)}",
+            required="different decays: an average is saved under the name of its decay",
+            remedy="remove the repeated ones from training.ema_decays",
         )
-        return
-    batch_arithmetic(run, data_parallel)
+
+
+def _batch(run: RunConfig, devices: int) -> Problems:
+    """Devices that are no whole replicas, or a global batch that does not divide over these."""
+    yield from ()
+    batch_arithmetic(run, parallel_layout(run, devices).dp)
 
 
 _CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
@@ -262,6 +285,10 @@ _CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
     _grids,
     _data,
     _schedule,
+    _averages,
     _checkpoints,
     _sampling,
+    tensor_problems,
+    sequence_problems,
+    pipeline_problems,
 )

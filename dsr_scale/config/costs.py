@@ -1,4 +1,4 @@
-"""What a run costs, from its config alone: parameters, FLOPs per image, memory per GPU.
+"""What a network costs, from its shape alone: parameters and FLOPs per image.
 
 FLOPs are counted from the shapes of the matrix products and not as 6·parameters·tokens: a third of
 a DiT's weights are AdaLN projections, which run once per image, so that rule overstates DiT-XL by
@@ -7,7 +7,6 @@ a DiT's weights are AdaLN projections, which run once per image, so that rule ov
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from dsr_scale.config.derive import (
@@ -19,7 +18,6 @@ from dsr_scale.config.derive import (
     padded_hidden_width,
 )
 from dsr_scale.config.model import ClassConditioning, QueryAdaLNConditioning
-from dsr_scale.config.run import RunConfig
 
 MEASURED_CEILING_TFLOPS = {"H200": 790.0}
 """bf16 matrix products, TFLOP/s, measured outside this repository (docs/method.md §7)."""
@@ -143,30 +141,25 @@ def forward_flops(shape: ModelShape) -> dict[str, int]:
     width, head = shape.width, shape.head
     image, text = shape.image_tokens, shape.text_length
     per_token = shape.conditioning.kind == "query_adaln"
-    cells = shape.channels * shape.patch**2
     body = adaln = cross = 0
     for rows in body_rows(shape):
-        body += _block_flops(width, rows)
-        adaln += _adaln_flops(width, rows if per_token else 1)
+        body += block_flops(width, rows)
+        adaln += adaln_flops(width, rows if per_token else 1)
         if shape.conditioning.kind == "cross_attention":
-            cross += _cross_flops(width, rows, text)
-    embedders = image * 2 * cells * width + 2 * (2 * FREQUENCIES * width + width * width)
-    if head is None:
-        head_flops = 0
-        final = image * 2 * width * cells + 4 * width * width * (image if per_token else 1)
-    else:
+            cross += cross_flops(width, rows, text)
+    embedders = patch_flops(shape, width) + timestep_flops(width)
+    head_flops = 0
+    if head is not None:
         rows = image + shape.registers
-        head_flops = head.depth * (_block_flops(head.width, rows) + _adaln_flops(head.width, rows))
-        head_flops += image * 2 * cells * head.width
-        head_flops += 0 if head.width == width else rows * 2 * width * head.width
-        final = image * (2 * head.width * cells + 4 * head.width * head.width)
+        head_flops = head.depth * (block_flops(head.width, rows) + adaln_flops(head.width, rows))
+        head_flops += head_entry_flops(shape)
     return {
         "embedders": embedders,
         "body": body,
         "AdaLN": adaln,
-        "conditioning": cross + _text_flops(shape),
+        "conditioning": cross + text_flops(shape),
         "head": head_flops,
-        "final": final,
+        "final": final_flops(shape),
     }
 
 
@@ -184,21 +177,50 @@ def training_flops(shape: ModelShape) -> int:
     return 3 * sum(forward_flops(shape).values())
 
 
-def _block_flops(width: int, rows: int) -> int:
+def patch_flops(shape: ModelShape, width: int) -> int:
+    """The patch embedding of the image tokens, to `width`."""
+    return shape.image_tokens * 2 * shape.channels * shape.patch**2 * width
+
+
+def timestep_flops(width: int) -> int:
+    """The timestep embedding, once per image."""
+    return 2 * (2 * FREQUENCIES * width + width * width)
+
+
+def head_entry_flops(shape: ModelShape) -> int:
+    """What stands before the head's first block: its own patch embedding and the projector of the
+    body's output; 0 without a head."""
+    if shape.head is None:
+        return 0
+    rows, width = shape.image_tokens + shape.registers, shape.head.width
+    projector = 0 if width == shape.width else rows * 2 * shape.width * width
+    return patch_flops(shape, width) + projector
+
+
+def final_flops(shape: ModelShape) -> int:
+    """The final layer: modulated per token after a head or under query_adaln, else once."""
+    width = shape.head.width if shape.head else shape.width
+    per_token = shape.head is not None or shape.conditioning.kind == "query_adaln"
+    modulations = shape.image_tokens if per_token else 1
+    return patch_flops(shape, width) + 4 * width**2 * modulations
+
+
+def block_flops(width: int, rows: int) -> int:
     """Self-attention and SwiGLU over `rows` tokens."""
     return rows * (8 * width**2 + 6 * width * hidden_width(width)) + 4 * rows**2 * width
 
 
-def _adaln_flops(width: int, rows: int) -> int:
+def adaln_flops(width: int, rows: int) -> int:
+    """The modulation of a block, `rows` times."""
     return 12 * width**2 * rows
 
 
-def _cross_flops(width: int, rows: int, text: int) -> int:
+def cross_flops(width: int, rows: int, text: int) -> int:
     """`rows` queries that read `text` tokens."""
     return 4 * rows * width**2 + 4 * text * width**2 + 4 * rows * text * width
 
 
-def _text_flops(shape: ModelShape) -> int:
+def text_flops(shape: ModelShape) -> int:
     """From text features or bytes to what the blocks take, cross-attention in the blocks aside."""
     width, text, image = shape.width, shape.text_length, shape.image_tokens
     if shape.text_kind == "none":
@@ -206,83 +228,10 @@ def _text_flops(shape: ModelShape) -> int:
     if shape.text_kind == "features":
         tokens = 2 * text * shape.text_channels * width
     else:
-        tokens = BYTE_LAYERS * _block_flops(width, text)
+        tokens = BYTE_LAYERS * block_flops(width, text)
     match shape.conditioning:
         case QueryAdaLNConditioning(connector_depth=depth):
-            layer = _cross_flops(width, image, text) + image * 6 * width * hidden_width(width)
+            layer = cross_flops(width, image, text) + image * 6 * width * hidden_width(width)
             return tokens + depth * layer + 2 * image * width**2
         case _:
             return tokens + 4 * width**2
-
-
-class Memory(NamedTuple):
-    """Bytes on one GPU by item; the frozen encoders and the allocator's slack are not in it."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    """fp32 master weights (ZeRO keeps them in fp32 training too) and two moments, sharded."""
-    ema: int
-    """fp32, sharded like the optimizer."""
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Sum of the items."""
-        return sum(self)
-
-
-class _ActivationCost(NamedTuple):
-    """Bytes kept for the backward pass, in units of the width, per row and block."""
-
-    block: float
-    per_token_adaln: float
-    cross: float
-    """Per image row."""
-    cross_text: float
-    """Per text row."""
-    qk_norm: float
-
-
-_ACTIVATIONS: dict[tuple[str, bool], _ActivationCost] = {
-    ("bf16", False): _ActivationCost(59.5, 18.0, 12.0, 4.0, 12.0),
-    ("fp32", False): _ActivationCost(110.9, 35.9, 20.0, 8.0, 8.0),
-    ("bf16", True): _ActivationCost(36.1, 12.0, 8.0, 4.0, 4.0),
-    ("fp32", True): _ActivationCost(72.2, 24.0, 16.0, 8.0, 8.0),
-}
-"""(type of activations, compiled) → cost. Eager: measured on this package's block by counting what
-autograd saves. Compiled: derived for perfectly fused element-wise work (docs/method.md §7), not
-measured."""
-
-
-def memory_per_gpu(run: RunConfig, shape: ModelShape, *, data_parallel: int) -> Memory:
-    """Bytes on each of `data_parallel` GPUs under ZeRO-1 at the run's micro-batch.
-
-    Activations are those of the blocks, which dominate.
-    """
-    count = total(parameters(shape)).stored
-    bf16 = run.training.precision == "bf16"
-    return Memory(
-        weights=count * (2 if bf16 else 4),
-        gradients=count * 4,
-        optimizer=math.ceil(count * 12 / data_parallel),
-        ema=math.ceil(count * 4 / data_parallel),
-        activations=round(run.training.microbatch_images * activation_bytes(run, shape)),
-    )
-
-
-def activation_bytes(run: RunConfig, shape: ModelShape) -> float:
-    """Bytes per image that the blocks keep for the backward pass."""
-    dtype = "bf16" if run.training.precision == "bf16" else "fp32"
-    cost = _ACTIVATIONS[dtype, run.training.compile]
-    kind = shape.conditioning.kind
-    base = cost.block + (cost.qk_norm if shape.qk_norm else 0)
-    body = base + (cost.per_token_adaln if kind == "query_adaln" else 0)
-    body += cost.cross if kind == "cross_attention" else 0
-    total_bytes = sum(body_rows(shape)) * shape.width * body
-    if kind == "cross_attention":
-        total_bytes += shape.depth * shape.text_length * shape.width * cost.cross_text
-    if shape.head is not None:
-        rows = (shape.image_tokens + shape.registers) * shape.head.depth
-        total_bytes += rows * shape.head.width * (base + cost.per_token_adaln)
-    return total_bytes

@@ -234,3 +234,31 @@ def batch_arithmetic(run: RunConfig, data_parallel: int) -> BatchArithmetic:
         microbatch,
         global_images // (data_parallel * microbatch),
     )
+
+
+class ParallelLayout(NamedTuple):
+    """Devices as tensor × pipeline × data-parallel ranks."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @property
+    def devices(self) -> int:
+        """All ranks."""
+        return self.tp * self.pp * self.dp
+
+
+def parallel_layout(run: RunConfig, devices: int) -> ParallelLayout:
+    """The run's layout on `devices` processes. Raises InputError when they are no whole replicas."""
+    tp, pp = run.parallel.tp, run.parallel.pp
+    replica = tp * pp
+    if devices < 1 or devices % replica:
+        below = devices // replica * replica
+        nearest = f"{below} or {below + replica}" if below > 0 else f"{replica}"
+        raise InputError(
+            found=f"{devices} devices, parallel.tp = {tp}, parallel.pp = {pp}",
+            required=f"a positive multiple of tp · pp = {replica}, the devices of one replica",
+            remedy=f"start {nearest} processes (plan: --devices), or change parallel.tp or parallel.pp",
+        )
+    return ParallelLayout(tp, pp, devices // replica)

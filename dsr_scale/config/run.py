@@ -8,6 +8,7 @@ from dsr_scale.config.data import DataConfig
 from dsr_scale.config.diffusion import DiffusionConfig
 from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.config.model import ModelConfig
+from dsr_scale.config.parallel import ParallelConfig
 from dsr_scale.config.section import Section
 from dsr_scale.config.training import (
     CheckpointConfig,
@@ -30,6 +31,7 @@ class RunConfig(Section):
     encoders: EncodersConfig = EncodersConfig()
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
+    parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     grid: GridConfig = GridConfig()

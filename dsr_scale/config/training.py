@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -10,6 +11,13 @@ from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.config.section import Section
 
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
+EmaDecay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def ema_name(decay: float) -> str:
+    """What an average is called in checkpoints, without a dot: 0.9999 is `ema_9999`."""
+    digits = f"{Decimal(repr(decay)):f}".partition(".")[2]
+    return f"ema_{digits}"
 
 
 def _class_number_as_text(prompt: Any) -> Any:
@@ -46,6 +54,19 @@ class ScheduleConfig(Section):
     """Rate at the end of the decay and after it."""
 
 
+class SkipConfig(Section):
+    """Steps that are not taken, on all ranks alike; each is counted and its sample ids are logged."""
+
+    spike_deviations: float | None = Field(default=None, gt=0)
+    """Skip a step whose loss or gradient norm lies more than this many standard deviations above its
+    running mean; None skips only what is not finite."""
+    window_steps: int = Field(default=200, gt=1)
+    """Memory of the running mean and deviation, which decay exponentially. Spikes are not judged
+    before that many applied steps."""
+    most_in_a_row: int = Field(default=20, gt=0)
+    """That many skipped steps in a row end the run."""
+
+
 class TrainingConfig(Section):
     """One optimizer step uses exactly `global_batch_images`, however many devices share it."""
 
@@ -64,8 +85,14 @@ class TrainingConfig(Section):
     """torch.compile of each block; needs a C compiler on the machine."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    """Half-life in steps is ln 2 / (1 − decay); early steps use min(decay, (1+step)/(10+step))."""
+    ema_decays: tuple[EmaDecay, ...] = Field(default=(0.9999,), min_length=1)
+    """Averages of the weights, all kept at once, in fp32. The first is the one used for sampling,
+    evaluation and export unless another is named. Half-life in steps is ln 2 / (1 − decay); early
+    steps use min(decay, (1+step)/(10+step))."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping. `selective` keeps matrix products and
+    attention and recomputes element-wise work; `full` keeps each block's input alone."""
+    skip: SkipConfig = SkipConfig()
 
 
 class CheckpointConfig(Section):
@@ -77,6 +104,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay on disk."""
     keep_every_steps: int | None = Field(default=None, gt=0)
     """Checkpoints at multiples of this are never removed."""
+    allow_changed: tuple[str, ...] = ()
+    """Dotted names of settings that a resume may find changed although they decide what is learned,
+    such as `data.fingerprint` (another data set) or `diffusion.prediction`."""
 
 
 class GridConfig(Section):

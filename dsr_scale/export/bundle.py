@@ -26,6 +26,7 @@ from dsr_scale.config.derive import ModelShape
 from dsr_scale.config.diffusion import DiffusionConfig, SamplingConfig
 from dsr_scale.config.encoders import EncodersConfig, VitImage
 from dsr_scale.config.section import Section
+from dsr_scale.config.training import ema_name
 from dsr_scale.model.build import build_on_meta
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,7 +42,8 @@ class Provenance(Section):
     run_name: str
     step: int
     samples_seen: int
-    weights: Literal["ema", "raw"]
+    weights: str
+    """`raw`, or the average by name."""
     data_fingerprint: str
     versions: dict[str, str]
 
@@ -67,10 +69,12 @@ def export_run(
     out: Path,
     *,
     step: int | None = None,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: str = "ema",
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> BundleDescription:
     """Writes the bundle of a run's checkpoint, the newest unless `step` is given.
+
+    `weights` are `raw`, `ema` for the run's first average, or an average by name (`ema_9995`).
 
     Reads in one process whatever number of ranks saved, one tensor group at a time: memory is the
     model in fp32 and in `dtype`, never the optimizer. Raises InputError for a missing checkpoint, one of
@@ -81,6 +85,7 @@ def export_run(
     state = directory.read_run_state(checkpoint)
     shape = ModelShape.model_validate(state["model_shape"])
     config = state["config"]
+    kind = _weights_kind(weights, config["training"]["ema_decays"])
     encoders = EncodersConfig.model_validate(config["encoders"])
     description = BundleDescription(
         format=FORMAT,
@@ -96,13 +101,13 @@ def export_run(
             run_name=config["name"],
             step=state["step"],
             samples_seen=state["samples_seen"],
-            weights=weights,
+            weights=weights if kind == "weights" else kind,
             data_fingerprint=state["data_fingerprint"],
             versions=state["versions"],
         ),
     )
     model = build_on_meta(shape).to_empty(device="cpu")
-    load_checkpoint_weights(checkpoint, model, weights)
+    load_checkpoint_weights(checkpoint, model, kind)
     # Without its description a directory is no bundle: an export cut short leaves none.
     (out / DESCRIPTION_FILE).unlink(missing_ok=True)
     _copy_statistics(encoders, out)
@@ -151,12 +156,22 @@ def _copy_statistics(encoders: EncodersConfig, out: Path) -> None:
     atomic_files.write_bytes(out / STATISTICS_FILE, source.read_bytes())
 
 
+def _weights_kind(weights: str, ema_decays: list[float]) -> str:
+    """What a checkpoint calls the wanted weights. Raises InputError for an average it does not hold."""
+    names = [ema_name(decay) for decay in ema_decays]
+    kinds = {"raw": "weights", "ema": names[0], **{name: name for name in names}}
+    if weights not in kinds:
+        raise InputError(
+            found=f"weights {weights}",
+            required="one of " + ", ".join(kinds),
+            remedy="choose one of these with --weights; ema is the run's first average",
+        )
+    return kinds[weights]
+
+
 @torch.no_grad()
-def load_checkpoint_weights(
-    checkpoint: Path, model: nn.Module, weights: Literal["ema", "raw"]
-) -> None:
-    """Fills `model` with a training checkpoint's EMA or raw weights, and its saved buffers."""
-    kind = "ema" if weights == "ema" else "weights"
+def load_checkpoint_weights(checkpoint: Path, model: nn.Module, kind: str) -> None:
+    """Fills `model` with a training checkpoint's weights or an average, and its saved buffers."""
     parameters = dict(model.named_parameters())
     targets: dict[str, torch.Tensor] = {f"{kind}.{n}": p for n, p in parameters.items()}
     targets |= {

@@ -1,13 +1,14 @@
 """RAE-DiT and RAE-DiT^DH with diffusion registers (docs/method.md §2).
 
-The forward is a chain of small methods, each of which needs only the modules it names. A pipeline
-stage is the same chain with parts left out, at whose borders `tokens` and the tensors of `Signal`
-(and, before the head, the latents) are handed on.
+The forward is a chain of small methods, each of which needs only the modules it names. `span` runs
+any stretch of the chain: a pipeline stage is the same network with blocks left out, at whose borders
+a `Carried` is handed on, and what blocks share (`Signal`) is computed by each stage for itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ Probe = Callable[[str, Tensor, TokenLayout], None]
 """Called after each block with its name, its output tokens [B,N,D] and the layout."""
 
 
-class Signal(NamedTuple):
+@dataclass(frozen=True)
+class Signal:
     """What all blocks of one forward share."""
 
     t_emb: Tensor
@@ -37,6 +39,15 @@ class Signal(NamedTuple):
     """[B,L,D] with cross-attention or text in context."""
     mask: Tensor | None
     """Keys, True = seen: text [B,1,1,L] with cross-attention, all rows [B,1,1,K+L+T] in context."""
+
+
+class Carried(NamedTuple):
+    """What leaves one stretch of blocks and enters the next."""
+
+    tokens: Tensor
+    """[B,N,D] in the body, [B,K+T,E] in the head."""
+    modulation: Tensor | None
+    """Inside the head: what modulates it, [B,K+T,E]."""
 
 
 class DiT(nn.Module):
@@ -64,11 +75,11 @@ class DiT(nn.Module):
             )
             for _ in range(shape.depth)
         ]
+        wide = []
         if head is None:
             self.x_embedder = PatchEmbed(shape.channels, width, shape.patch)
             if shape.registers:
                 self.register_tokens = nn.Parameter(torch.empty(1, shape.registers, width))
-            self.blocks = nn.ModuleList(body)
         else:
             self.s_embedder = PatchEmbed(shape.channels, width, shape.patch)
             self.x_embedder = PatchEmbed(shape.channels, head.width, shape.patch)
@@ -86,7 +97,8 @@ class DiT(nn.Module):
                 )
                 for _ in range(head.depth)
             ]
-            self.blocks = nn.ModuleList(body + wide)
+        # Keys and not places: a stage that holds blocks 7 and 8 only still calls them so.
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(body + wide)})
         self.final_layer = FinalLayer(head.width if head else width, shape.patch, shape.channels)
 
     def forward(
@@ -103,21 +115,43 @@ class DiT(nn.Module):
         """
         layout = self.layout(latents.shape[-2], latents.shape[-1], condition)
         signal = self.signal(timesteps, condition, layout)
-        tokens = self.enter_body(latents, signal, layout)
-        for index in range(self.depth):
-            tokens = self.body_block(index, tokens, signal, layout)
+        carried = self.span(range(self.total_blocks), None, latents, signal, layout, probe=probe)
+        return self.leave(carried, signal, layout)
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of body and head; their numbers run through both."""
+        return self.depth + (self.shape.head.depth if self.shape.head else 0)
+
+    def span(
+        self,
+        blocks: range,
+        carried: Carried | None,
+        latents: Tensor,
+        signal: Signal,
+        layout: TokenLayout,
+        *,
+        probe: Probe | None = None,
+    ) -> Carried:
+        """Runs a stretch of blocks; `carried` is what the stretch before put out, None at block 0."""
+        tokens, modulation = carried or (self.enter_body(latents, signal, layout), None)
+        for index in blocks:
+            if index == self.depth:
+                modulation = self.head_modulation(tokens, signal)
+                tokens = self.enter_head(latents, layout)
+            if index < self.depth:
+                tokens = self.body_block(index, tokens, signal, layout)
+            else:
+                assert modulation is not None
+                tokens = self.head_block(index, tokens, modulation, layout)
             if probe is not None:
-                probe(f"blocks.{index}", tokens, layout)
-        tokens = self.leave_body(tokens, layout)
-        if self.shape.head is None:
-            return self.leave(tokens, signal.c, layout)
-        modulation = self.head_modulation(tokens, signal)
-        tokens = self.enter_head(latents, layout)
-        for index in range(self.shape.head.depth):
-            tokens = self.head_block(index, tokens, modulation, layout)
-            if probe is not None:
-                probe(f"head.{index}", tokens, layout)
-        return self.leave(tokens, modulation, layout)
+                part, number = (
+                    ("blocks", index) if index < self.depth else ("head", index - self.depth)
+                )
+                probe(f"{part}.{number}", tokens, layout)
+            if index == self.depth - 1:
+                tokens = self.leave_body(tokens, layout)
+        return Carried(tokens, modulation)
 
     # The parts of the forward, in order.
 
@@ -157,6 +191,11 @@ class DiT(nn.Module):
             mask = mask[:, None, None]
         return Signal(t_emb, c, text, mask)
 
+    def head_signal(self, timesteps: Tensor) -> Signal:
+        """What blocks of the head share: the timestep; their condition comes out of the body."""
+        t_emb = self.t_embedder(timesteps)[:, None]
+        return Signal(t_emb, t_emb, None, None)
+
     def enter_body(self, latents: Tensor, signal: Signal, layout: TokenLayout) -> Tensor:
         """Image tokens with fixed positions, after the text if that is in context: [B,L+T,D]."""
         embedder = self.x_embedder if self.shape.head is None else self.s_embedder
@@ -170,18 +209,28 @@ class DiT(nn.Module):
     def body_block(self, index: int, tokens: Tensor, signal: Signal, layout: TokenLayout) -> Tensor:
         """Body block `index`; the registers enter at its entrance when it is their start."""
         if layout.registers_enter(index):
-            learned = self.register_tokens if self.shape.head is None else self.enc_register_tokens
-            tokens = _prepend_registers(learned, tokens)
+            tokens = self.enter_registers(tokens)
         rows = layout.inside(index)
         absent = layout.registers - rows.registers
-        c = signal.c[:, absent:] if signal.c.shape[1] > 1 else signal.c
+        c = self.block_condition(index, signal, layout)
         head_dim = self.shape.width // self.shape.heads
         cos, sin = rope(rows, layout.grid, head_dim, tokens.device)
-        block = self.blocks[index]
+        block = self.blocks[str(index)]
         if self.kind == "cross_attention":
             return block(tokens, c, cos, sin, None, signal.text, signal.mask)
         mask = None if signal.mask is None else signal.mask[..., absent:]
         return block(tokens, c, cos, sin, mask)
+
+    def block_condition(self, index: int, signal: Signal, layout: TokenLayout) -> Tensor:
+        """What modulates body block `index`: one row for all tokens, or one for each that it has."""
+        if signal.c.shape[1] == 1:
+            return signal.c
+        return signal.c[:, layout.registers - layout.inside(index).registers :]
+
+    def enter_registers(self, tokens: Tensor) -> Tensor:
+        """Prepends the body's registers: [B,N,D] → [B,K+N,D]."""
+        learned = self.register_tokens if self.shape.head is None else self.enc_register_tokens
+        return _prepend_registers(learned, tokens)
 
     def leave_body(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Drops the text; registers stay: [B,K+L+T,D] → [B,K+T,D]."""
@@ -204,14 +253,16 @@ class DiT(nn.Module):
     def head_block(
         self, index: int, tokens: Tensor, modulation: Tensor, layout: TokenLayout
     ) -> Tensor:
-        """Head block `index`; every row is modulated by its own row of the body's output."""
+        """Block `index`, one of the head; every row has its own row of the body's output."""
         head = self.shape.head
         assert head is not None
         cos, sin = rope(layout.head, layout.grid, head.width // head.heads, tokens.device)
-        return self.blocks[self.depth + index](tokens, modulation, cos, sin)
+        return self.blocks[str(index)](tokens, modulation, cos, sin)
 
-    def leave(self, tokens: Tensor, c: Tensor, layout: TokenLayout) -> Tensor:
+    def leave(self, carried: Carried, signal: Signal, layout: TokenLayout) -> Tensor:
         """Drops the registers, applies the final layer, unpatchifies: [B,K+T,·] → [B,C,H,W] fp32."""
+        tokens, modulation = carried
+        c = signal.c if modulation is None else modulation
         image = layout.head.image_slice
         if c.shape[1] > 1:
             c = c[:, image]

@@ -1,16 +1,17 @@
-"""The moving average of the weights, kept as one more entry of the optimizer's flat state.
+"""Moving averages of the weights, kept as more entries of the optimizer's flat state.
 
-ZeRO then shards it like the moments, for free, and it is gathered and restored by the same calls.
-It is fp32 and updated in place from the fp32 master partition: nothing is gathered in a step.
+ZeRO then shards them like the moments, for free, and they are saved and restored by the same code.
+They are fp32 and updated in place from the fp32 master partition: nothing is gathered in a step.
 """
 
 from __future__ import annotations
 
-import torch
-from torch.optim import Optimizer
+from collections.abc import Iterable, Mapping, Sequence
 
-EMA = "ema"
-"""Key of the average in the optimizer's state."""
+import torch
+from torch import Tensor
+
+from dsr_scale.config.training import ema_name
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -19,12 +20,20 @@ def decay_at(step: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def update(optimizer: Optimizer, decay: float) -> None:
-    """ema ← decay·ema + (1−decay)·weights, on this rank's partition."""
-    averages = []
-    weights = []
-    for group in optimizer.param_groups:
-        for partition in group["params"]:
-            averages.append(optimizer.state[partition][EMA])
-            weights.append(partition.detach())
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+def update(
+    partitions: Iterable[Tensor],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    decays: Sequence[float],
+    step: int,
+    applied: Tensor,
+) -> None:
+    """ema ← decay·ema + (1−decay)·weights on this rank's partitions, for every decay.
+
+    `applied` is 1, or 0 for a step that changed nothing and must move no average either; it stays on
+    the device, so that nobody waits for it.
+    """
+    for partition in partitions:
+        weights = partition.detach()
+        for decay in decays:
+            share = applied.to(weights) * (1 - decay_at(step, decay))
+            state[partition][ema_name(decay)].lerp_(weights, share)

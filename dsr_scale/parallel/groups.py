@@ -2,22 +2,26 @@
 
 The three launchers differ only in which environment variables they set; `place_from_environment`
 reads them as a pure function, so that rank arithmetic is tested without processes. Only
-`start` touches torch.distributed.
+`start` touches torch.distributed. It also lays the ranks out as tensor × pipeline × data parallel,
+tensor fastest and pipeline slowest, so that the ranks that talk most share a node; the groups are
+megatron-core's.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.parallel.megatron_on_cpu import run_megatron_on_cpu
 
 COLLECTIVE_TIMEOUT_S = 1800
 
@@ -35,20 +39,47 @@ class Place:
     """`host:port` of rank 0, or None when there is only one process."""
 
 
+class Axis(NamedTuple):
+    """This process's place along one way of splitting the work."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+    """Of the ranks that differ only along this axis; None where there is no other."""
+
+
+ALONE = Axis(0, 1, None)
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """The started process group: data parallel over all ranks."""
+    """The started process groups: every rank is one of tensor × pipeline × data ranks."""
 
     rank: int
     world_size: int
     device: torch.device
     host_group: dist.ProcessGroup
-    """A gloo group for small messages between hosts, beside NCCL on GPUs."""
+    """A gloo group of all ranks for small messages between hosts, beside NCCL on GPUs."""
+    saving_group: dist.ProcessGroup | None
+    """Another one, for the thread that writes checkpoints; None for a single process."""
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    """Model replicas."""
+    replica: Axis
+    """The tensor × pipeline ranks that hold one copy of the model."""
+    replica_host_group: dist.ProcessGroup | None
+    """A gloo group of the replica's ranks."""
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes what only one may write."""
         return self.rank == 0
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank reads and encodes its replica's batches."""
+        return self.replica.rank == 0
 
     def sum_on_host(self, values: list[float]) -> list[float]:
         """Sum of `values` over all ranks, in double precision, without touching the device."""
@@ -167,36 +198,109 @@ def choose_device(choice: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def start(device_choice: str) -> Ranks:
-    """Joins the process group that the launcher prepared, or makes one of a single process."""
+def start(device_choice: str, *, tp: int = 1, pp: int = 1) -> Ranks:
+    """Joins the process group that the launcher prepared, or makes one of a single process.
+
+    Every replica of the model takes `tp` × `pp` ranks, which divide the number of processes.
+    """
     place = place_from_environment(os.environ)
     device = choose_device(device_choice, place.local_rank)
+    # DeepSpeed and megatron call collectives by their old names; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if tp > 1:
+        # Megatron relies on one queue to start a collective before the product that hides it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # DeepSpeed reads these of a process that torch.distributed already started.
     os.environ["LOCAL_RANK"] = str(place.local_rank if device.index is None else device.index)
     os.environ["DS_ACCELERATOR"] = device.type
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-        if place.rendezvous is None:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend,
-                init_method=f"tcp://{place.rendezvous}"
-                if "TORCHELASTIC_RUN_ID" not in os.environ
-                else "env://",
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timeout,
-            )
+        _join(place, "nccl" if device.type == "cuda" else "gloo")
     world = dist.group.WORLD
     assert world is not None
     host_group = world if device.type == "cpu" else dist.new_group(backend="gloo")
     assert isinstance(host_group, dist.ProcessGroup)
-    return Ranks(place.rank, place.world_size, device, host_group)
+    data = Axis(place.rank, place.world_size, world)
+    tensor = pipeline = replica = ALONE
+    replica_host_group = None
+    if tp * pp > 1:
+        tensor, pipeline, data, replica = _split_model(device, tp, pp)
+        replica_host_group = _gloo_like(replica, device)
+    saving_group = dist.new_group(backend="gloo") if place.world_size > 1 else None
+    assert saving_group is None or isinstance(saving_group, dist.ProcessGroup)
+    return Ranks(
+        rank=place.rank,
+        world_size=place.world_size,
+        device=device,
+        host_group=host_group,
+        saving_group=saving_group,
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        replica=replica,
+        replica_host_group=replica_host_group,
+    )
+
+
+def _gloo_like(axis: Axis, device: torch.device) -> dist.ProcessGroup | None:
+    """A gloo group of the same ranks, for small messages between hosts."""
+    if device.type == "cpu":
+        return axis.group
+    assert axis.group is not None
+    members: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(members, dist.get_process_group_ranks(axis.group))
+    # Every rank takes part in making every group, in one order.
+    mine = None
+    for ranks in sorted({tuple(each) for each in members}):
+        group = dist.new_group(list(ranks), backend="gloo")
+        if dist.get_rank() in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = group
+    return mine
+
+
+def _join(place: Place, backend: str) -> None:
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    if place.rendezvous is None:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{place.rendezvous}"
+        if "TORCHELASTIC_RUN_ID" not in os.environ
+        else "env://",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
+
+
+def _split_model(device: torch.device, tp: int, pp: int) -> tuple[Axis, Axis, Axis, Axis]:
+    """Tensor, pipeline, data and replica axes, in megatron-core's order of ranks."""
+    if device.type == "cpu":
+        run_megatron_on_cpu()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of optional packages that are not used here
+        from megatron.core import parallel_state, tensor_parallel  # noqa: F401
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=COLLECTIVE_TIMEOUT_S // 60,
+    )
+
+    def axis(group: dist.ProcessGroup) -> Axis:
+        return Axis(dist.get_rank(group), dist.get_world_size(group), group)
+
+    return (
+        axis(parallel_state.get_tensor_model_parallel_group()),
+        axis(parallel_state.get_pipeline_model_parallel_group()),
+        axis(parallel_state.get_data_parallel_group()),
+        axis(parallel_state.get_model_parallel_group()),
+    )
 
 
 def stop() -> None:

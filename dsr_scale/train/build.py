@@ -27,11 +27,14 @@ from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.loader import BatchStream, Samples, open_samples
 from dsr_scale.encoders.contract import build_image_encoder, build_text_encoder
-from dsr_scale.model.build import build_model, build_on_meta, decay_groups
+from dsr_scale.model.build import build_on_meta
 from dsr_scale.model.layers import require_flash
+from dsr_scale.parallel.assemble import assemble, make_pipeline
 from dsr_scale.parallel.groups import Ranks
-from dsr_scale.parallel.zero import ZeroEngine, start_zero
-from dsr_scale.train.objective import FlowMatching
+from dsr_scale.parallel.start import start_zero
+from dsr_scale.parallel.zero import ZeroEngine
+from dsr_scale.train.feed import Feed
+from dsr_scale.train.objective import Encoders, FlowMatching
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,13 @@ class Training:
     timestep_shift: float
     batches: BatchArithmetic
     samples: Samples
-    stream: BatchStream
-    objective: FlowMatching
+    feed: Feed
     engine: ZeroEngine
 
 
-def check_before_start(run: RunConfig, *, data_parallel: int) -> None:
+def check_before_start(run: RunConfig, *, processes: int) -> None:
     """All that can be refused without torch.distributed, a GPU or a network weight."""
-    check_run(run, data_parallel=data_parallel)
+    check_run(run, devices=processes)
     directory = Path(run.directory)
     atomic_files.require_writable_directory(directory)
     _check_room(run, directory)
@@ -60,8 +62,8 @@ def check_before_start(run: RunConfig, *, data_parallel: int) -> None:
 def _check_room(run: RunConfig, directory: Path) -> None:
     model = build_on_meta(model_shape(run))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    # fp32 weights, two moments, EMA; one more save than is kept exists while it is written.
-    checkpoint_bytes = 16 * parameters
+    # fp32 weights, two moments, averages; one more save than is kept exists while it is written.
+    checkpoint_bytes = 4 * (3 + len(run.training.ema_decays)) * parameters
     existing = len(complete_steps(directory))
     missing = max(1, run.checkpoint.keep_last + 1 - existing)
     free = shutil.disk_usage(directory).free
@@ -75,7 +77,7 @@ def _check_room(run: RunConfig, directory: Path) -> None:
 
 
 def build_training(run: RunConfig, ranks: Ranks) -> Training:
-    """Opens data and encoders, builds the network from the seed and puts it under ZeRO."""
+    """Opens data and encoders, builds this rank's part of the network and puts it under ZeRO."""
     shape = model_shape(run)
     if shape.attention == "flash":
         require_flash(ranks.device)
@@ -83,47 +85,55 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
         torch.backends.cuda.matmul.allow_tf32 = run.training.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = run.training.precision == "tf32"
     shift = timestep_shift(run, shape)
-    batches = batch_arithmetic(run, ranks.world_size)
+    batches = batch_arithmetic(run, ranks.data.size)
     samples = open_samples(run.data)
+    feed = Feed(
+        FlowMatching(run.diffusion, shift, run.seed),
+        ranks,
+        batches.accumulation_steps,
+        *_reading_end(run, ranks, shape, batches, samples),
+    )
+    local = assemble(
+        shape, seed=run.seed, ranks=ranks, parallel=run.parallel, training=run.training
+    )
+    engine = start_zero(
+        local,
+        make_pipeline(local, ranks, run.parallel),
+        run.training,
+        run.parallel,
+        ranks=ranks,
+        accumulation_steps=batches.accumulation_steps,
+    )
+    return Training(run, ranks, shape, shift, batches, samples, feed, engine)
+
+
+def _reading_end(
+    run: RunConfig, ranks: Ranks, shape: ModelShape, batches: BatchArithmetic, samples: Samples
+) -> tuple[BatchStream, Encoders] | tuple[None, None]:
+    """Stream and encoders, on the one rank of a replica that reads."""
+    if not ranks.leads_replica:
+        return None, None
     stream = BatchStream(
         samples,
         run.data,
         seed=run.seed,
         global_batch_images=batches.global_images,
         microbatch_images=batches.microbatch_images,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.data.rank,
+        world_size=ranks.data.size,
         num_classes=shape.conditioning.num_classes
         if isinstance(shape.conditioning, ClassConditioning)
         else None,
     )
-    image_encoder = build_image_encoder(
+    image = build_image_encoder(
         run.encoders.image, resolution=run.data.resolution, device=ranks.device
     )
-    text_encoder = (
+    text = (
         None
         if shape.text_kind == "none"
         else build_text_encoder(run.encoders.text, device=ranks.device)
     )
-    objective = FlowMatching(
-        run.diffusion, shift, run.seed, image_encoder, text_encoder, ranks.device
-    )
-    model = build_model(shape, seed=run.seed)
-    decay, no_decay = decay_groups(model)
-    if run.training.compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-    engine = start_zero(
-        model,
-        (
-            [parameter for _, parameter in decay],
-            [parameter for _, parameter in no_decay],
-        ),
-        run.training,
-        ranks=ranks,
-        accumulation_steps=batches.accumulation_steps,
-    )
-    return Training(run, ranks, shape, shift, batches, samples, stream, objective, engine)
+    return stream, Encoders(image, text, ranks.device)
 
 
 def empty_network(shape: ModelShape, device: torch.device) -> torch.nn.Module:

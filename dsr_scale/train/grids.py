@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dsr_scale.config.training import GridConfig
 from dsr_scale.export.pipeline import Pipeline, build_pipeline
+from dsr_scale.parallel.gathering import gather_on_first, write_into
 from dsr_scale.telemetry.metrics import MetricsLog
 from dsr_scale.telemetry.pictures import image_grid
 from dsr_scale.train.build import Training, empty_network
@@ -40,14 +43,29 @@ class TrainingGrids:
             encoders=run.encoders,
             resolution=run.data.resolution,
             device=training.ranks.device,
-            text_encoder=training.objective.text_encoder,
+            text_encoder=None if training.feed.encoders is None else training.feed.encoders.text,
         )
         return TrainingGrids(training, run.grid, run.grid.every_steps, pipeline or None)
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
         """A collective; the picture is written by the first rank."""
-        self.training.engine.gather_ema(None if self.pipeline is None else self.pipeline.model)
+        self._gather_average()
         self.training.ranks.on_first(lambda: self._draw(step, log))
+
+    def _gather_average(self) -> None:
+        """Fills the first rank's network with the averaged weights, and the saved buffers."""
+        targets: dict[str, torch.Tensor] = {}
+        kind = self.training.engine.main_average
+        if self.pipeline is not None:
+            network = self.pipeline.model
+            targets = {f"{kind}.{name}": p for name, p in network.named_parameters()}
+            targets |= {f"buffers.{name}": b for name, b in network.named_buffers()}
+        with torch.no_grad():
+            gather_on_first(
+                self.training.engine.pieces(owned=True, kinds=(kind,)),
+                self.training.ranks,
+                lambda piece: write_into(targets[piece.name], piece),
+            )
 
     def _draw(self, step: int, log: MetricsLog | None) -> None:
         assert self.pipeline is not None and log is not None

@@ -18,6 +18,7 @@ from rich.progress import Progress, TaskID
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
+from dsr_scale.checkpoint.saver import CheckpointWriter
 from dsr_scale.config.load import dump_run
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.corruption import CorruptImage, check_rate
@@ -27,20 +28,19 @@ from dsr_scale.telemetry.metrics import MetricsLog
 from dsr_scale.telemetry.progress import training_bar
 from dsr_scale.train import resume
 from dsr_scale.train.build import Training, build_training, check_before_start
+from dsr_scale.train.feed import StepData
 from dsr_scale.train.grids import TrainingGrids
+from dsr_scale.train.outcomes import Outcome, Outcomes
 from dsr_scale.train.schedule import learning_rate
 from dsr_scale.train.signals import StopRequest
 from dsr_scale.train.state import RunState
 
 CONFIG_FILE = "config.yaml"
 
-MOST_SKIPPED_IN_A_ROW = 20
-"""A few steps may overflow; this many mean that the run is lost."""
-
 NAMED_SAMPLES = 32
 
 OnStep = Callable[[int, list[Batch]], None]
-"""Called after each optimizer step with its number (from 1) and this rank's micro-batches."""
+"""Called after each optimizer step with its number (from 1) and the micro-batches this rank read."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def train(run: RunConfig, *, on_step: OnStep | None = None) -> Finished:
     put right.
     """
     place = groups.place_from_environment(os.environ)
-    check_before_start(run, data_parallel=place.world_size)
-    ranks = groups.start(run.training.device)
+    check_before_start(run, processes=place.world_size)
+    ranks = groups.start(run.training.device, tp=run.parallel.tp, pp=run.parallel.pp)
     finished = _Loop(build_training(run, ranks), on_step).run()
     groups.stop()
     return finished
@@ -72,7 +72,9 @@ class _Interval:
     def __init__(self) -> None:
         self.started_s = time.perf_counter()
         self.steps = 0
-        self.loss = 0.0
+        self.losses: list[float] = []
+        """Of the steps that were taken."""
+        self.checkpoint_blocked_s = 0.0
 
 
 class _Loop:
@@ -85,8 +87,10 @@ class _Loop:
         self.directory = Path(training.run.directory)
         self.corrupt_keys: list[str] = []
         self.gradient_norm = float("nan")
-        self.skipped_in_a_row = 0
+        self.outcomes = Outcomes()
+        self.interval = _Interval()
         self.state = resume.restore(training, self.console)
+        self.writer = CheckpointWriter(training.ranks.saving_group)
         self.log = self._open_log()
         self.grids = TrainingGrids.for_run(training)
 
@@ -121,26 +125,26 @@ class _Loop:
         task = bar.add_task(
             "training", total=steps, completed=self.state.step, loss="–", images_per_s="–"
         )
-        interval = _Interval()
-        batches = self.training.stream.steps(self.state.step)
+        data = self.training.feed.steps(self.state.step)
         try:
             with StopRequest() as request, bar:
                 while self.state.step < steps and stopped_by is None:
-                    asked = self._step(next(batches), interval, request)
+                    asked = self._step(next(data), request)
                     last = self.state.step == steps
                     if asked or last or self._due(self.training.run.tracking.log_every_steps):
-                        self._write_metrics(interval, bar, task)
-                        interval = _Interval()
+                        self._settle(self.outcomes.flush())
+                        self._write_metrics(bar, task)
                     bar.update(task, completed=self.state.step)
                     # A grace period is for the save: it comes before the grid, which a stop skips.
                     if asked or last or self._due(self.training.run.checkpoint.every_steps):
-                        resume.save(self.training, self.state)
+                        self._save()
                     if asked and not last:
                         stopped_by = request.signal_name or "a signal on another rank"
                     elif self.grids is not None and self._due(self.grids.every_steps):
                         self.grids.draw(self.state.step, self.log)
+                self.writer.wait()
         finally:
-            self.training.stream.close()
+            self.training.feed.close()
             if self.log is not None:
                 self.log.close()
         done = f"step {self.state.step} of {steps} saved in {self.directory}"
@@ -149,22 +153,20 @@ class _Loop:
         self.console.print(done, highlight=False, markup=False, soft_wrap=True)
         return Finished(self.state, stopped_by)
 
-    def _step(self, micro_batches: list[Batch], interval: _Interval, request: StopRequest) -> bool:
+    def _step(self, data: StepData, request: StopRequest) -> bool:
         """One optimizer step. Returns whether any rank was asked to stop."""
         training, step = self.training, self.state.step
-        loss = 0.0
-        for batch in micro_batches:
-            result = training.objective(training.engine.model, batch)
-            training.engine.backward(result.mean, accumulation_steps=len(micro_batches))
-            loss += float(result.mean.detach()) / len(micro_batches)
+        loss = training.engine.forward_backward(data.examples)
         rate = learning_rate(training.run.training, step)
-        outcome = training.engine.step(step=step, learning_rate=rate)
-        self.gradient_norm = outcome.gradient_norm
-        self._count_skipped(outcome.applied, micro_batches)
-        corrupt = [record for batch in micro_batches for record in batch.corrupt]
-        loss_sum, corrupt_sum, stops = training.ranks.sum_on_host(
-            [loss, float(len(corrupt)), float(request.signal_name is not None)]
+        values = training.engine.step(loss, step=step, learning_rate=rate)
+        keys = [key for batch in data.batches for key in batch.keys]
+        self._settle(self.outcomes.push(step + 1, values, keys))
+        corrupt = [record for batch in data.batches for record in batch.corrupt]
+        corrupt_sum, stops, failed_saves = training.ranks.sum_on_host(
+            [float(len(corrupt)), float(request.signal_name is not None), float(self.writer.poll())]
         )
+        if failed_saves:
+            self.writer.wait()
         if corrupt_sum:
             self._name_corrupt(corrupt)
         self.state = replace(
@@ -173,8 +175,7 @@ class _Loop:
             samples_seen=(step + 1) * training.batches.global_images,
             corrupt_seen=self.state.corrupt_seen + int(corrupt_sum),
         )
-        interval.steps += 1
-        interval.loss += loss_sum / training.ranks.world_size
+        self.interval.steps += 1
         check_rate(
             self.state.corrupt_seen,
             self.state.samples_seen,
@@ -182,31 +183,59 @@ class _Loop:
             self.corrupt_keys,
         )
         if self.on_step is not None:
-            self.on_step(self.state.step, micro_batches)
+            self.on_step(self.state.step, data.batches)
         return stops > 0
 
-    def _count_skipped(self, applied: bool, micro_batches: list[Batch]) -> None:
-        """Names the samples of a step that was skipped; stops after too many in a row."""
-        if applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
-        keys = [key for batch in micro_batches for key in batch.keys]
-        named = ", ".join(self.training.ranks.gather_on_host(keys)[:NAMED_SAMPLES])
-        self.console.print(
-            f"step {self.state.step + 1} skipped: the gradient is not finite; samples {named}",
-            style="yellow",
-            markup=False,
-        )
-        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise InputError(
-                found=f"{self.skipped_in_a_row} steps in a row without a finite gradient, the last "
-                f"at step {self.state.step + 1}",
-                required="a loss and a gradient that are finite",
-                remedy="lower training.optimizer.learning_rate, add warm-up, set gradient_clip, or "
-                "look at the samples named above; the last checkpoint is from before",
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        """Takes in what became of steps; names the samples of a skipped one, stops after too many."""
+        for outcome in outcomes:
+            self.gradient_norm = outcome.gradient_norm
+            if not outcome.skipped:
+                self.interval.losses.append(outcome.loss)
+                self.state = replace(self.state, skipped_in_a_row=0)
+                continue
+            self.state = replace(
+                self.state,
+                skipped_steps=self.state.skipped_steps + 1,
+                skipped_in_a_row=self.state.skipped_in_a_row + 1,
             )
+            named = ", ".join(self.training.ranks.gather_on_host(outcome.keys)[:NAMED_SAMPLES])
+            self.console.print(
+                f"step {outcome.step} skipped: loss {outcome.loss:.4g}, gradient norm "
+                f"{outcome.gradient_norm:.4g}; samples {named}",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
+            self._refuse_too_many(outcome)
+
+    def _refuse_too_many(self, outcome: Outcome) -> None:
+        settings = self.training.run.training.skip
+        if self.state.skipped_in_a_row < settings.most_in_a_row:
+            return
+        raise InputError(
+            found=f"{self.state.skipped_in_a_row} steps in a row skipped, the last step "
+            f"{outcome.step} with loss {outcome.loss:.4g} and gradient norm "
+            f"{outcome.gradient_norm:.4g}",
+            required="a loss and a gradient that are finite"
+            + (
+                ""
+                if settings.spike_deviations is None
+                else f" and within {settings.spike_deviations:g} deviations of their running mean"
+            ),
+            remedy="lower training.optimizer.learning_rate, add warm-up, set gradient_clip, raise "
+            "training.skip.spike_deviations, or look at the samples named above; the last "
+            "checkpoint is from before",
+        )
+
+    def _save(self) -> None:
+        """Begins a checkpoint of this moment; the loop goes on when the state is copied."""
+        self._settle(self.outcomes.flush())
+        statistics = self.training.engine.guard.statistics.tolist()
+        self.state = replace(self.state, guard=tuple(statistics))
+        self.interval.checkpoint_blocked_s += resume.start_save(
+            self.training, self.state, self.writer
+        )
 
     def _name_corrupt(self, corrupt: list[CorruptImage]) -> None:
         """Prints what any rank could not use; all ranks call this when one of them has some."""
@@ -219,11 +248,12 @@ class _Loop:
                 markup=False,
             )
 
-    def _write_metrics(self, interval: _Interval, bar: Progress, task: TaskID) -> None:
-        """Logs the interval's means and shows them."""
+    def _write_metrics(self, bar: Progress, task: TaskID) -> None:
+        """Logs the interval's means, shows them, and begins the next interval."""
+        interval, self.interval = self.interval, _Interval()
         elapsed_s = time.perf_counter() - interval.started_s
         images_per_s = interval.steps * self.training.batches.global_images / elapsed_s
-        loss = interval.loss / interval.steps
+        loss = sum(interval.losses) / len(interval.losses) if interval.losses else float("nan")
         if self.log is not None:
             self.log.log(
                 self.state.step,
@@ -235,6 +265,7 @@ class _Loop:
                     "samples_seen": self.state.samples_seen,
                     "epoch": self.state.samples_seen / len(self.training.samples),
                     "skipped_steps": self.state.skipped_steps,
+                    "checkpoint_blocked_s": interval.checkpoint_blocked_s,
                     "corrupt_seen": self.state.corrupt_seen,
                     "corrupt_keys": self.corrupt_keys[-20:],
                 },

@@ -1,18 +1,21 @@
-"""One micro-batch → its loss: encode, noise, predict, compare in velocity space.
+"""A batch → latents and condition → what the network is asked, and the loss of its answer.
 
-The loop knows nothing of diffusion; replacing this object replaces what is trained.
+The loop knows nothing of diffusion; replacing this object replaces what is trained. Encoding happens
+once per replica, on the rank that reads the data; an `Example` is what every rank of the replica has,
+and noise and timesteps follow from its sample ids, so each makes its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsr_scale.config.diffusion import DiffusionConfig
 from dsr_scale.data.loader import Batch
-from dsr_scale.diffusion.loss import Loss, velocity_loss
+from dsr_scale.diffusion.loss import velocity_loss
 from dsr_scale.diffusion.path import add_noise, to_velocity
 from dsr_scale.diffusion.timesteps import draw_noise, draw_sample_timesteps
 from dsr_scale.encoders.contract import ImageEncoder, TextEncoder
@@ -26,49 +29,80 @@ class FlowMatching:
     config: DiffusionConfig
     timestep_shift: float
     seed: int
-    image_encoder: ImageEncoder
-    text_encoder: TextEncoder | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded micro-batch under an objective, equal on every rank of a replica."""
+
+    objective: FlowMatching
+    latents: Tensor
+    """Clean, [B,C,H,W] float32."""
+    condition: Condition
+    epochs: tuple[int, ...]
+    sample_ids: tuple[int, ...]
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        """[B,C,H,W]."""
+        return self.latents.shape
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Noised latents and timesteps: functions of seed, epoch and sample alone."""
+        return self._noised, self._timesteps
+
+    def loss(self, output: Tensor) -> Tensor:
+        """Mean loss of the network's output [B,C,H,W] for `inputs`."""
+        config, timesteps = self.objective.config, self._timesteps
+        velocity = to_velocity(
+            output, self._noised, timesteps, config.prediction, config.denominator_clamp
+        )
+        return velocity_loss(velocity, self.latents, self._noise, timesteps, config).mean
+
+    @cached_property
+    def _noised(self) -> Tensor:
+        return add_noise(self.latents, self._noise, self._timesteps)
+
+    @cached_property
+    def _timesteps(self) -> Tensor:
+        return draw_sample_timesteps(
+            self.objective.config.timesteps,
+            self.objective.timestep_shift,
+            self.objective.seed,
+            self.epochs,
+            self.sample_ids,
+            self.latents.device,
+        )
+
+    @cached_property
+    def _noise(self) -> Tensor:
+        channels, height, width = self.latents.shape[1:]
+        return draw_noise(
+            (channels, height, width),
+            self.objective.seed,
+            self.epochs,
+            self.sample_ids,
+            self.latents.device,
+        )
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen encoders, on the rank of a replica that reads the data."""
+
+    image: ImageEncoder
+    text: TextEncoder | None
     device: torch.device
 
-    def condition(self, batch: Batch) -> Condition:
-        """The batch's labels or encoded captions, with its dropped conditions marked."""
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
+        """Latents [B,C,H,W] float32, and labels or encoded captions with dropped ones marked."""
+        latents = self.image.encode(batch.images.to(self.device)).float()
         null = batch.null.to(self.device)
-        if self.text_encoder is None:
+        if self.text is None:
             assert batch.labels is not None
-            return Condition(null=null, labels=batch.labels.to(self.device))
-        text = self.text_encoder.encode(batch.captions)
-        return Condition(
-            null=null,
-            tokens=text.tokens.to(self.device),
-            mask=text.mask.to(self.device),
+            return latents, Condition(null=null, labels=batch.labels.to(self.device))
+        text = self.text.encode(batch.captions)
+        return latents, Condition(
+            null=null, tokens=text.tokens.to(self.device), mask=text.mask.to(self.device)
         )
-
-    def noised(self, latents: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Noised latents, noise and timesteps of a batch: functions of seed, epoch and sample alone."""
-        epochs, sample_ids = batch.epochs.tolist(), batch.sample_ids.tolist()
-        channels, height, width = latents.shape[1:]
-        noise = draw_noise((channels, height, width), self.seed, epochs, sample_ids, self.device)
-        timesteps = draw_sample_timesteps(
-            self.config.timesteps,
-            self.timestep_shift,
-            self.seed,
-            epochs,
-            sample_ids,
-            self.device,
-        )
-        return add_noise(latents, noise, timesteps), noise, timesteps
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        """Loss of `model` on one micro-batch."""
-        with torch.no_grad():
-            latents = self.image_encoder.encode(batch.images.to(self.device)).float()
-            condition = self.condition(batch)
-            noised, noise, timesteps = self.noised(latents, batch)
-        velocity = to_velocity(
-            model(noised, timesteps, condition),
-            noised,
-            timesteps,
-            self.config.prediction,
-            self.config.denominator_clamp,
-        )
-        return velocity_loss(velocity, latents, noise, timesteps, self.config)

@@ -1,29 +1,36 @@
-"""Saving a run and going on with it.
+"""Saving a run and going on with it, on the same ranks or on others.
 
-The newest complete checkpoint wins; unfinished saves are named in the log and never loaded. What
-comes back is bit-identical to never having stopped, on the same machine and number of ranks.
+The newest complete and undamaged checkpoint wins; what is unfinished or damaged is named in the log
+and never loaded. What comes back is bit-identical to never having stopped on the same ranks, and
+equal up to rounding on any others: each rank writes and reads its own part of every tensor.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
 from rich.console import Console
 
 from dsr_scale.checkpoint import directory, tensors
+from dsr_scale.checkpoint.saver import CheckpointWriter
+from dsr_scale.checkpoint.verification import newest_verified
+from dsr_scale.model.build import build_on_meta
+from dsr_scale.parallel import fragments
 from dsr_scale.train.build import Training
 from dsr_scale.train.state import RunState, check_resumable, library_versions
 
 
-def fresh_state(
-    training: Training,
-) -> RunState:
+def fresh_state(training: Training) -> RunState:
     """The state before the first step."""
+    ranks = training.ranks
     return RunState(
         step=0,
         samples_seen=0,
         skipped_steps=0,
+        skipped_in_a_row=0,
+        guard=tuple(training.engine.guard.statistics.tolist()),
         corrupt_seen=0,
         data_fingerprint=training.samples.fingerprint,
         data_samples=len(training.samples),
@@ -31,59 +38,77 @@ def fresh_state(
         model_shape=training.shape.model_dump(mode="json"),
         timestep_shift=training.timestep_shift,
         tracker_run_id=None,
-        world_size=training.ranks.world_size,
+        layout={
+            "tp": ranks.tensor.size,
+            "pp": ranks.pipeline.size,
+            "dp": ranks.data.size,
+            "zero": training.run.parallel.zero,
+        },
         versions=library_versions(),
     )
 
 
-def save(training: Training, state: RunState) -> Path:
-    """Writes a checkpoint and removes those that are no longer kept. A collective."""
+def start_save(training: Training, state: RunState, writer: CheckpointWriter) -> float:
+    """Begins to write a checkpoint; older ones go when it is complete. A collective.
+
+    Returns the seconds that the caller was held up.
+    """
     run_directory = Path(training.run.directory)
-    target = directory.step_directory(run_directory, state.step)
-    tensors.save(
-        target,
-        training.engine.full_tensors(),
+    settings = training.run.checkpoint
+    return writer.start(
+        directory.step_directory(run_directory, state.step),
+        training.engine.pieces(owned=True),
         state.to_json(),
-        group=training.ranks.host_group,
-    )
-    training.ranks.on_first(
-        lambda: directory.remove_old(
+        on_committed=lambda: directory.remove_old(
             run_directory,
-            keep_last=training.run.checkpoint.keep_last,
-            keep_every_steps=training.run.checkpoint.keep_every_steps,
-        )
+            keep_last=settings.keep_last,
+            keep_every_steps=settings.keep_every_steps,
+        ),
     )
-    return target
 
 
 def restore(training: Training, console: Console) -> RunState:
-    """The state to start from: of the newest complete checkpoint, or of step 0.
+    """The state to start from: of the newest good checkpoint, or of step 0. A collective.
 
-    Raises InputError when the checkpoint belongs to another network, data set or seed.
+    Raises InputError when the checkpoint belongs to another network, data set or objective.
     """
-    run_directory = Path(training.run.directory)
     fresh = fresh_state(training)
-    # One rank looks: on a shared file system others may still see yesterday's listing.
-    found = training.ranks.on_first(lambda: _newest(run_directory, fresh, console))
+    ranks, engine = training.ranks, training.engine
+    found = newest_verified(
+        Path(training.run.directory),
+        ranks.host_group if ranks.world_size > 1 else None,
+        lambda message: console.print(message, style="yellow", markup=False, soft_wrap=True),
+    )
     if found is None:
         return fresh
     checkpoint, content = found
     saved = RunState.from_json(content)
-    tensors.load(checkpoint, training.engine.shapes(), training.engine.restore)
-    training.engine.restore_step_count(saved.step - saved.skipped_steps)
-    console.print(f"resumed from {checkpoint} at step {saved.step}")
-    return saved
+    check_resumable(saved, fresh)
+    ranks.on_first(lambda: tensors.check_fits(checkpoint, _all_shapes(training)))
+    tensors.load_pieces(checkpoint, engine.pieces(owned=False))
+    engine.refresh(applied_steps=saved.step - saved.skipped_steps)
+    engine.guard.statistics.copy_(torch.tensor(saved.guard, dtype=torch.float64))
+    console.print(f"resumed from {checkpoint} at step {saved.step}", soft_wrap=True)
+    return replace(
+        fresh,
+        step=saved.step,
+        samples_seen=saved.samples_seen,
+        skipped_steps=saved.skipped_steps,
+        skipped_in_a_row=saved.skipped_in_a_row,
+        guard=saved.guard,
+        corrupt_seen=saved.corrupt_seen,
+        tracker_run_id=saved.tracker_run_id,
+    )
 
 
-def _newest(
-    run_directory: Path, fresh: RunState, console: Console
-) -> tuple[Path, dict[str, Any]] | None:
-    for partial in directory.partial_saves(run_directory):
-        console.print(f"unfinished save {partial} is ignored", style="yellow", markup=False)
-    steps = directory.complete_steps(run_directory)
-    if not steps:
-        return None
-    checkpoint = directory.step_directory(run_directory, steps[-1])
-    content = directory.read_run_state(checkpoint)
-    check_resumable(RunState.from_json(content), fresh)
-    return checkpoint, content
+def _all_shapes(training: Training) -> dict[str, torch.Size]:
+    """Name and global shape of everything that a checkpoint of this run holds."""
+    whole = build_on_meta(training.shape)
+    shapes = {
+        f"{kind}.{name}": parameter.shape
+        for kind in training.engine.kinds
+        for name, parameter in whole.named_parameters()
+    }
+    for name in fragments.persistent_buffers(whole):
+        shapes[f"buffers.{name}"] = whole.get_buffer(name).shape
+    return shapes

@@ -15,6 +15,7 @@ from dsr_scale.base.errors import InputError
 LIBRARIES = (
     "torch",
     "deepspeed",
+    "megatron-core",
     "transformers",
     "diffusers",
     "mosaicml-streaming",
@@ -29,7 +30,10 @@ class RunState:
     step: int
     samples_seen: int
     skipped_steps: int
-    """Steps whose gradient was not finite and changed nothing."""
+    """Steps that were not finite or spiked, and changed nothing."""
+    skipped_in_a_row: int
+    guard: tuple[float, ...]
+    """Running statistics by which spikes are judged (`parallel.guard`)."""
     corrupt_seen: int
     data_fingerprint: str
     data_samples: int
@@ -39,7 +43,8 @@ class RunState:
     timestep_shift: float
     """α in force: exported with the weights, since a sampler must use the same."""
     tracker_run_id: str | None
-    world_size: int
+    layout: dict[str, int]
+    """tp, pp, dp and zero of the ranks that saved; others may go on."""
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +54,8 @@ class RunState:
     @staticmethod
     def from_json(content: dict[str, Any]) -> RunState:
         """The state that `to_json` wrote."""
-        return RunState(**{field.name: content[field.name] for field in fields(RunState)})
+        values = {field.name: content[field.name] for field in fields(RunState)}
+        return RunState(**{**values, "guard": tuple(values["guard"])})
 
 
 def library_versions() -> dict[str, str]:
@@ -73,37 +79,58 @@ FREE_TO_CHANGE = {
 Data that moved is recognised by its fingerprint."""
 
 
+DATA_FINGERPRINT = "data.fingerprint"
+GLOBAL_BATCH = "training.global_batch_images"
+"""The position in the data is steps × global batch: another one would skip samples or repeat them."""
+
+
 def check_resumable(saved: RunState, current: RunState) -> None:
     """Raises InputError when going on from `saved` would silently be another run.
 
-    Steps, micro-batch, optimizer settings, workers, number of ranks and the like may change; the
-    data and what is done to it, the network, the objective, the seed and the global batch may not.
+    Steps, micro-batch, layout, optimizer settings, workers, number of ranks and the like may change;
+    the data and what is done to it, the network, the objective, the seed and the global batch may
+    not, unless `checkpoint.allow_changed` of the current run names what does. Network and global batch
+    never may.
     """
-    problems = []
-    if saved.data_fingerprint != current.data_fingerprint:
-        problems.append(
-            f"data fingerprint {saved.data_fingerprint[:16]}… ({saved.data_samples} samples), now "
-            f"{current.data_fingerprint[:16]}… ({current.data_samples} samples)"
-        )
+    before = {DATA_FINGERPRINT: _described_data(saved), **_fixed(saved.config)}
+    now = {DATA_FINGERPRINT: _described_data(current), **_fixed(current.config)}
+    changed = {
+        path: f"{path} was {before.get(path)}, now {now.get(path)}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
+    }
+    allowed = set(current.config["checkpoint"]["allow_changed"]) - {GLOBAL_BATCH}
+    refused = [path for path in changed if path not in allowed]
+    problems = [changed[path] for path in refused]
     if saved.model_shape != current.model_shape:
-        changed = [k for k, v in current.model_shape.items() if saved.model_shape.get(k) != v]
-        problems.append("another network: " + ", ".join(sorted(changed)))
-    before = {"seed": saved.config["seed"], **_fixed(saved.config)}
-    now = {"seed": current.config["seed"], **_fixed(current.config)}
-    for path in sorted(before.keys() | now.keys()):
-        if before.get(path) != now.get(path):
-            problems.append(f"{path} was {before.get(path)}, now {now.get(path)}")
+        parts = [k for k, v in current.model_shape.items() if saved.model_shape.get(k) != v]
+        problems.append("another network: " + ", ".join(sorted(parts)))
+    kept, wanted = (set(s.config["training"]["ema_decays"]) for s in (saved, current))
+    if not wanted <= kept:
+        problems.append(
+            f"training.ema_decays has {', '.join(map(str, sorted(wanted - kept)))}, of which no "
+            f"average was kept; there are {', '.join(map(str, sorted(kept)))}"
+        )
     if problems:
+        names = ",".join(path for path in refused if path != GLOBAL_BATCH)
         raise InputError(
             found="the run directory holds a checkpoint of another run: " + "; ".join(problems),
             required="the data, network, objective, seed and global batch the run was started with",
-            remedy="restore those settings, or set another run directory: directory=…",
+            remedy="restore those settings, or set another run directory: directory=…"
+            + (f"; to go on all the same: checkpoint.allow_changed=[{names}]" if names else ""),
         )
+
+
+def _described_data(state: RunState) -> str:
+    return f"{state.data_fingerprint[:16]}… ({state.data_samples} samples)"
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """Every setting that a resume must not change, by dotted path."""
-    fixed = {"training.global_batch_images": config["training"]["global_batch_images"]}
+    fixed = {
+        "seed": config["seed"],
+        GLOBAL_BATCH: config["training"]["global_batch_images"],
+    }
     sections = [(path, config[path]) for path in ("data", "encoders", "diffusion")]
     while sections:
         path, section = sections.pop()
