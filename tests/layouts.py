@@ -136,9 +136,12 @@ def steps(
     """Runs optimizer steps and gathers their state; call it on every rank."""
     shape = ModelShape.model_validate(shape_values)
     engine, ranks = start_engine(shape, parallel, training, microbatch=microbatch)
+    learning_rate = {**TRAINING, **training}["optimizer"]["learning_rate"]
     losses, norms = [], []
     for step in range(number):
-        loss, norm, skipped = one_step(engine, ranks, shape, step, microbatch=microbatch)
+        loss, norm, skipped = one_step(
+            engine, ranks, shape, step, microbatch=microbatch, learning_rate=learning_rate
+        )
         assert skipped == 0
         losses.append(loss)
         norms.append(norm)
@@ -146,14 +149,20 @@ def steps(
 
 
 def one_step(
-    engine: ZeroEngine, ranks: groups.Ranks, shape: ModelShape, step: int, *, microbatch: int = 1
+    engine: ZeroEngine,
+    ranks: groups.Ranks,
+    shape: ModelShape,
+    step: int,
+    *,
+    microbatch: int = 1,
+    learning_rate: float = 1e-2,
 ) -> list[float]:
     """Loss, gradient norm and whether it was skipped, of one step on samples 8·step, 8·step + 1, …"""
     share = GLOBAL_BATCH // ranks.data.size
     first = step * GLOBAL_BATCH + ranks.data.rank * share
     ids = [list(range(i, i + microbatch)) for i in range(first, first + share, microbatch)]
     loss = engine.forward_backward([example(shape, each) for each in ids])
-    return engine.step(loss, step=step, learning_rate=1e-2).tolist()
+    return engine.step(loss, step=step, learning_rate=learning_rate).tolist()
 
 
 def whole_state(engine: ZeroEngine, ranks: groups.Ranks) -> dict[str, Tensor]:

@@ -8,5 +8,5 @@ declare_torchvision_operators()
 
 import deepspeed  # noqa: E402, F401
 import megatron.core.tensor_parallel  # noqa: E402, F401
-import torch.distributed.checkpoint  # noqa: E402, F401
+import torch.distributed.checkpoint  # noqa: E402
 import torch.distributed.pipelining  # noqa: E402, F401

@@ -76,7 +76,7 @@ def test_must_not_change(tmp_path: Path, override: str, named: str) -> None:
 
 def test_other_data_is_recognised_by_its_content(tmp_path: Path) -> None:
     saved = state(tmp_path)
-    with pytest.raises(InputError, match="data.fingerprint was aaaa"):
+    with pytest.raises(InputError, match=r"data\.fingerprint was aaaa"):
         check_resumable(saved, replace(saved, data_fingerprint="b" * 64))
 
 

@@ -57,13 +57,18 @@ def write_config(folder: Path) -> Path:
 
 
 def run_training(
-    folder: Path, *overrides: str, ranks: int = 1, kill_after: int = 0, expect: int = 0
+    folder: Path,
+    *overrides: str,
+    ranks: int = 1,
+    kill_after: int = 0,
+    expect: int = 0,
+    torchrun: bool = False,
 ) -> Path:
-    """Trains in new processes; returns the run directory."""
+    """Trains in new processes; returns the run directory. `torchrun` also for a single rank."""
     config = write_config(folder)
     command = [str(DRIVER), str(config), str(folder / "ids.jsonl"), str(kill_after), *overrides]
     launcher = [sys.executable]
-    if ranks > 1:
+    if ranks > 1 or torchrun:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -17,8 +17,9 @@ from dsr_scale.data.loader import Batch
 from dsr_scale.train.loop import train
 
 
-def main() -> None:
-    config, ids_file, kill_after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def drive(config: Path, ids_file: Path, kill_after: int, overrides: list[str]) -> None:
+    """Trains; each rank appends the samples that it read in every step."""
+    run = load_run(config, overrides)
     rank = os.environ.get("RANK", "0")
 
     def on_step(step: int, batches: list[Batch]) -> None:
@@ -29,7 +30,6 @@ def main() -> None:
             wait_for_saves(Path(run.directory))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run = load_run(config, sys.argv[4:])
     train(run, on_step=on_step)
 
 
@@ -40,4 +40,4 @@ def wait_for_saves(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    drive(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

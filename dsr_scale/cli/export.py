@@ -22,7 +22,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint; the newest by default.")] = None,
     weights: Annotated[
-        str, typer.Option(help="`raw`, `ema` (the run's first average), or one by name: `ema_9995`.")
+        str,
+        typer.Option(help="`raw`, `ema` (the run's first average), or one by name: `ema_9995`."),
     ] = "ema",
     dtype: Annotated[BundleDtype, typer.Option(help="Precision.")] = BundleDtype.fp32,
 ) -> None:

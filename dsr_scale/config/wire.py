@@ -106,14 +106,12 @@ def tensor_payload(
 ) -> TensorPayload:
     """Elements per image of a rank's stages, forward and backward, the embedders' included.
 
-    Each stage with body blocks embeds the condition and gathers the modulations of all body blocks
-    that the rank holds.
+    Each stage with body blocks embeds the condition and gathers the modulations of its body blocks.
     """
     if tp == 1:
         return TensorPayload()
     sp = run.parallel.sp
     payload = TensorPayload()
-    body = sum(1 for span in held for block in span if block < shape.depth)
     for span in held:
         for block in span:
             payload = payload.plus(_block(run, shape, block, tp))
@@ -122,6 +120,7 @@ def tensor_payload(
         if span.start < shape.depth:
             payload = payload.plus(TensorPayload(all_reduce=embedder_elements(shape)))
             if shape.conditioning.kind != "query_adaln":
+                body = sum(1 for block in span if block < shape.depth)
                 payload = payload.plus(modulation_payload(shape.width, body, tp, sp))
     return payload
 

@@ -77,9 +77,7 @@ def assemble(
 
         mark_split_parameters(network, shape)
     on_every_stage = frozenset(
-        name
-        for name in splits
-        if ranks.pipeline.size > 1 and name.startswith(ON_EVERY_STAGE)
+        name for name in splits if ranks.pipeline.size > 1 and name.startswith(ON_EVERY_STAGE)
     )
     _mark_copies(network, on_every_stage, ranks)
     recompute_blocks(network.blocks, training.recompute)

@@ -292,7 +292,8 @@ def _split_model(device: torch.device, tp: int, pp: int) -> tuple[Axis, Axis, Ax
         distributed_timeout_minutes=COLLECTIVE_TIMEOUT_S // 60,
     )
 
-    def axis(group: dist.ProcessGroup) -> Axis:
+    def axis(group: object) -> Axis:
+        assert isinstance(group, dist.ProcessGroup)
         return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
     return (

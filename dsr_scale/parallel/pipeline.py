@@ -128,9 +128,7 @@ class Pipeline:
     def _loss(self, output: Tensor, index: Tensor) -> Tensor:
         return self._current[int(index)].loss(output) / len(self._current)
 
-    def _schedule(
-        self, micro_batches: Sequence[MicroBatch]
-    ) -> tuple[list[_Stage], _Schedule]:
+    def _schedule(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[_Stage], _Schedule]:
         first = micro_batches[0]
         shape, text_length = first.latent_shape, first.condition.text_length
         key = (len(micro_batches), shape, text_length)

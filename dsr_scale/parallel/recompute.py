@@ -42,9 +42,7 @@ def _policy(context: Any, operation: Any, *arguments: Any, **settings: Any) -> C
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_blocks(
-    blocks: nn.ModuleDict, mode: Literal["none", "selective", "full"]
-) -> None:
+def recompute_blocks(blocks: nn.ModuleDict, mode: Literal["none", "selective", "full"]) -> None:
     """Wraps each block's forward; names of parameters stay."""
     if mode == "none":
         return

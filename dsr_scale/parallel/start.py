@@ -27,6 +27,10 @@ from dsr_scale.parallel.zero import MOMENTS, ZeroEngine
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default: gradients are reduced in groups of up to this many elements."""
 
+PREFETCH_ELEMENTS = 50_000_000
+"""DeepSpeed's default: weights that stage 3 gathers ahead. Where forward turns to backward, these are
+still there and not gathered again."""
+
 
 def start_zero(
     local: LocalModel,
@@ -97,6 +101,14 @@ def deepspeed_config(
         "stage": parallel.zero,
         # DeepSpeed allocates the bucket in full, so a small model must not get the default one.
         "reduce_bucket_size": min(REDUCE_BUCKET_ELEMENTS, parameters),
+        # Its linear for stage 3 adds the bias in place to a product that selective recomputation
+        # keeps, and would add it twice. It saves memory that recomputation saves anyway.
+        "memory_efficient_linear": training.recompute != "selective",
+        # Stage 3 holds a module's weights while it runs and no longer, so that memory and traffic
+        # are those that `plan` prints: by default models under 10⁹ parameters are kept whole.
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
+        "stage3_param_persistence_threshold": 0,
     }
     if parallel.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

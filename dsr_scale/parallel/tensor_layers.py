@@ -135,11 +135,11 @@ class RowLinear(RowParallelLinear):
         self._tensor = tensor
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        assert self.bias is not None
         if not self.sequence_parallel:
-            out, bias = super().forward(x.contiguous())
-            return out + bias
-        out, bias = super().forward(x.transpose(0, 1).contiguous())
-        return out.transpose(0, 1) + sum_gradient(bias, self._tensor)
+            return super().forward(x.contiguous())[0] + self.bias
+        out = super().forward(x.transpose(0, 1).contiguous())[0]
+        return out.transpose(0, 1) + sum_gradient(self.bias, self._tensor)
 
 
 class SummedNorm(RMSNorm):

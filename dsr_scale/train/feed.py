@@ -105,8 +105,10 @@ class Feed:
         if told is not None:
             if failure is not None:
                 return None
-            raise told if isinstance(told, InputError) else RuntimeError(
-                f"on the rank that reads this replica's data: {told}"
+            raise (
+                told
+                if isinstance(told, InputError)
+                else RuntimeError(f"on the rank that reads this replica's data: {told}")
             )
         if example is None:
             tensors = [
