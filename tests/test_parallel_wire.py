@@ -188,8 +188,7 @@ def held_bytes(parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, 
             if tensor.dim():
                 kinds["ema" if name.startswith("ema_") else "optimizer"] += tensor.numel() * 4
     weights = sum(
-        (p.ds_tensor if hasattr(p, "ds_tensor") else p).numel() * p.element_size()
-        for p in engine.network.parameters()
+        getattr(p, "ds_tensor", p).numel() * p.element_size() for p in engine.network.parameters()
     )
     return {"weights": weights, **kinds}
 

@@ -198,6 +198,22 @@ def refusal(config: Path, overrides: list[str]) -> str:
     return str(refused.value)
 
 
+def refused_here(config: Path, overrides: list[str]) -> str:
+    try:
+        drive(config, config.with_name("ids_of_refused.jsonl"), 0, overrides)
+    except InputError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_the_reading_rank_cannot_use_ends_its_whole_replica(tmp_path: Path) -> None:
+    """Samples without a class: found by the one rank of four that reads, told to the others."""
+    classes = ["model.conditioning={kind: class, num_classes: 3}", "encoders.text={kind: none}"]
+    messages = run_ranks(refused_here, 4, write_config(tmp_path), [*MODEL, *TP_PP, *classes])
+    assert len(set(messages)) == 1
+    assert "label = None" in messages[0]
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides", "found"),
     [
@@ -240,4 +256,6 @@ def test_a_lost_run_ends_on_all_ranks_with_its_samples_named(tmp_path: Path) -> 
     records = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert records[-1]["skipped_steps"] >= 2
+    skipped = [record for record in records if record.get("skipped")]
+    assert len(skipped) == 3
+    assert all(len(record["skipped_samples"]) == 8 for record in skipped)

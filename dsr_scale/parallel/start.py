@@ -71,6 +71,7 @@ def start_zero(
                 parallel,
                 accumulation_steps,
                 parameters=sum(parameter.numel() for parameter in network.parameters()),
+                pin_memory=ranks.device.type == "cuda",
             ),
             mpu=None if ranks.replica.size == 1 else _Topology(ranks),
             dist_init_required=None,
@@ -94,7 +95,12 @@ def start_zero(
 
 
 def deepspeed_config(
-    training: TrainingConfig, parallel: ParallelConfig, accumulation_steps: int, *, parameters: int
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    accumulation_steps: int,
+    *,
+    parameters: int,
+    pin_memory: bool,
 ) -> dict[str, Any]:
     """DeepSpeed's settings of a run; `parameters` are those this rank holds."""
     zero: dict[str, Any] = {
@@ -111,7 +117,7 @@ def deepspeed_config(
         "stage3_param_persistence_threshold": 0,
     }
     if parallel.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.microbatch_images,
         "gradient_accumulation_steps": accumulation_steps,

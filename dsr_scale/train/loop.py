@@ -159,8 +159,12 @@ class _Loop:
         loss = training.engine.forward_backward(data.examples)
         rate = learning_rate(training.run.training, step)
         values = training.engine.step(loss, step=step, learning_rate=rate)
-        keys = [key for batch in data.batches for key in batch.keys]
-        self._settle(self.outcomes.push(step + 1, values, keys))
+        samples = [
+            f"{sample_id} ({key})"
+            for batch in data.batches
+            for sample_id, key in zip(batch.sample_ids.tolist(), batch.keys, strict=True)
+        ]
+        self._settle(self.outcomes.push(step + 1, values, samples))
         corrupt = [record for batch in data.batches for record in batch.corrupt]
         corrupt_sum, stops, failed_saves = training.ranks.sum_on_host(
             [float(len(corrupt)), float(request.signal_name is not None), float(self.writer.poll())]
@@ -199,10 +203,15 @@ class _Loop:
                 skipped_steps=self.state.skipped_steps + 1,
                 skipped_in_a_row=self.state.skipped_in_a_row + 1,
             )
-            named = ", ".join(self.training.ranks.gather_on_host(outcome.keys)[:NAMED_SAMPLES])
+            samples = self.training.ranks.gather_on_host(outcome.samples)
+            if self.log is not None:
+                skipped = {"loss": outcome.loss, "skipped": True, "skipped_samples": samples}
+                self.log.log(outcome.step, skipped)
+            more = len(samples) - NAMED_SAMPLES
             self.console.print(
                 f"step {outcome.step} skipped: loss {outcome.loss:.4g}, gradient norm "
-                f"{outcome.gradient_norm:.4g}; samples {named}",
+                f"{outcome.gradient_norm:.4g}; samples {', '.join(samples[:NAMED_SAMPLES])}"
+                + (f" and {more} more, all in metrics.jsonl" if more > 0 else ""),
                 style="yellow",
                 markup=False,
                 soft_wrap=True,

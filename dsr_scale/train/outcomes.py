@@ -24,15 +24,15 @@ class Outcome(NamedTuple):
     """Of the whole model, before clipping."""
     skipped: bool
     """Nothing was changed: not finite, or a spike."""
-    keys: list[str]
-    """Of the samples this rank read."""
+    samples: list[str]
+    """Those that this rank read, by id and key."""
 
 
 class _Waiting(NamedTuple):
     step: int
     values: Tensor
     copied: torch.cuda.Event | None
-    keys: list[str]
+    samples: list[str]
 
 
 class Outcomes:
@@ -41,7 +41,7 @@ class Outcomes:
     def __init__(self) -> None:
         self._waiting: _Waiting | None = None
 
-    def push(self, step: int, values: Tensor, keys: list[str]) -> list[Outcome]:
+    def push(self, step: int, values: Tensor, samples: list[str]) -> list[Outcome]:
         """Takes loss, norm and skipped [3] of a step; returns the outcome of the one before."""
         before = self.flush()
         copied = None
@@ -51,16 +51,16 @@ class Outcomes:
             copied = torch.cuda.Event()
             copied.record()
             values = host
-        self._waiting = _Waiting(step, values, copied, keys)
+        self._waiting = _Waiting(step, values, copied, samples)
         return before
 
     def flush(self) -> list[Outcome]:
         """Outcomes that were not returned yet."""
         if self._waiting is None:
             return []
-        step, values, copied, keys = self._waiting
+        step, values, copied, samples = self._waiting
         self._waiting = None
         if copied is not None:
             copied.synchronize()
         loss, norm, skipped = values.tolist()
-        return [Outcome(step, loss, norm, skipped > 0, keys)]
+        return [Outcome(step, loss, norm, skipped > 0, samples)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
 from rich.console import Console
 
+from dsr_scale.base.errors import InputError
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from tools.bench.protocol import LEAST_ROUNDS, Settings
 from tools.bench.report import as_json, environment, print_table
@@ -42,7 +44,10 @@ def main() -> None:
     for name in options.names:
         before = environment()
         with tempfile.TemporaryDirectory(dir=options.out, prefix="scratch_") as scratch:
-            report = benchmark(name).run(Settings(options.rounds, Path(scratch)))
+            try:
+                report = benchmark(name).run(Settings(options.rounds, Path(scratch)))
+            except InputError as error:
+                sys.exit(f"{name}\n{error}")
         path = options.out / f"{name}.json"
         path.write_text(as_json(name, report, before, environment(), options.rounds))
         print_table(name, report, console)
