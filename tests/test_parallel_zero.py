@@ -53,25 +53,61 @@ def scalar(network: torch.nn.Module, step: int) -> Tensor:
     return total * {NOT_FINITE: math.nan, SPIKING: 1e4}.get(step, 1.0)
 
 
-def guarded_steps(clip: float | None) -> tuple[list[float], dict[str, Tensor], list[float]]:
-    """Which steps were skipped, the state after them, and the applied steps of AdamW."""
-    settings: dict[str, Any] = {**TRAINING, "device": "cpu", "skip": SKIP}
+def start(clip: float | None, zero: int, offload: bool, precision: str) -> ZeroEngine:
+    settings: dict[str, Any] = {**TRAINING, "precision": precision, "device": "cpu", "skip": SKIP}
     settings["optimizer"] = {**settings["optimizer"], "gradient_clip": clip}
     training = TrainingConfig.model_validate(settings)
     ranks = groups.start("cpu")
-    parallel = ParallelConfig()
+    parallel = ParallelConfig.model_validate({"zero": zero, "offload": offload})
     shape = ModelShape.model_validate(SHAPE)
     local = assemble(shape, seed=1, ranks=ranks, parallel=parallel, training=training)
-    engine: ZeroEngine = start_zero(
-        local, None, training, parallel, ranks=ranks, accumulation_steps=1
-    )
+    return start_zero(local, None, training, parallel, ranks=ranks, accumulation_steps=1)
+
+
+def state_of(engine: ZeroEngine) -> dict[str, Tensor]:
+    return assembled([p._replace(tensor=p.tensor.clone()) for p in engine.pieces(owned=True)])
+
+
+def guarded_steps(clip: float | None) -> tuple[list[float], dict[str, Tensor], list[float]]:
+    """Which steps were skipped, the state after them, and the applied steps of AdamW."""
+    engine = start(clip, 1, False, "fp32")
     skipped = []
     for step in range(STEPS):
         loss = engine.forward_backward([Scalar(engine.network, step)])
         skipped.append(engine.step(loss, step=step, learning_rate=1e-2).tolist()[2])
-    state = assembled([p._replace(tensor=p.tensor.clone()) for p in engine.pieces(owned=True)])
     counts = [float(entry["step"]) for entry in engine._optimizer.state.values()]
-    return skipped, state, counts
+    return skipped, state_of(engine), counts
+
+
+def changes(zero: int, offload: bool, precision: str) -> tuple[list[float], list[bool]]:
+    """Which steps were skipped, and which changed anything."""
+    engine = start(0.5, zero, offload, precision)
+    skipped, changed = [], []
+    before = state_of(engine)
+    for step in range(STEPS):
+        loss = engine.forward_backward([Ramp(engine.network, step)])
+        skipped.append(engine.step(loss, step=step, learning_rate=1e-3).tolist()[2])
+        after = state_of(engine)
+        changed.append(any(not torch.equal(after[name], before[name]) for name in before))
+        before = after
+    return skipped, changed
+
+
+class Ramp(Scalar):
+    """The same through the network's own forward, which ZeRO-3 gathers weights for."""
+
+    def loss(self, output: Tensor) -> Tensor:
+        return (1 + output.mean()) * {NOT_FINITE: math.nan, SPIKING: 1e4}.get(self.step, 1.0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("zero", "offload"), [(1, False), (2, False), (3, False), (2, True), (3, True)]
+)
+def test_every_stage_skips_whole_steps(zero: int, offload: bool, precision: str) -> None:
+    skipped, changed = run_ranks(changes, 1, zero, offload, precision)[0]
+    assert [step for step, flag in enumerate(skipped) if flag] == [NOT_FINITE, SPIKING]
+    assert [step for step, flag in enumerate(changed) if not flag] == [NOT_FINITE, SPIKING]
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

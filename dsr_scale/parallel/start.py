@@ -131,8 +131,13 @@ def deepspeed_config(
         "steps_per_print": 1_000_000_000,
     }
     if training.precision == "bf16":
-        # Without immediate_grad_update the step fails on an empty list of gradients.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        # Without immediate_grad_update the step fails on an empty list of gradients. With offload a
+        # gradient that is not finite must be refused early: past that point it stays in host buffers.
+        settings["bf16"] = {
+            "enabled": True,
+            "immediate_grad_update": True,
+            "check_grad_overflow": parallel.offload,
+        }
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         # Stages 2 and 3 reduce every micro-batch: in bf16 the sum over many ranks would lose digits.
         settings["communication_data_type"] = "fp32"

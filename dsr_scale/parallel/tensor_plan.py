@@ -80,7 +80,8 @@ RULES = (
     Rule("final_layer*", Part.WHOLE),
     Rule("", Part.WHOLE),
 )
-"""The last line is the model itself: the registers."""
+"""The last line is the model itself: the registers. Position tables hold nothing learned and are no
+parameters; every rank makes them for all rows, which attention sees whole."""
 
 
 class TensorPlan:

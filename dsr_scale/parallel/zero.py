@@ -7,12 +7,12 @@ pieces by global name (`fragments`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsr_scale.base.boxes import Piece
 from dsr_scale.config.training import ema_name
@@ -48,6 +48,8 @@ class ZeroEngine:
         self._ranks = ranks
         self._parameters = dict(local.network.named_parameters())
         self._buffers = fragments.persistent_buffers(local.network)
+        self._shared = sorted(local.on_every_stage)
+        self._places = _places_in_bf16_groups(engine.optimizer, self._parameters)
         self.guard = guard
 
     @property
@@ -100,6 +102,7 @@ class ZeroEngine:
         skipped = self._optimizer.found_inf
         if not self._engine.was_step_applied() or skipped is None:
             skipped = torch.ones((), device=loss.device)
+            self._forget_gradients()
         else:
             ema.update(
                 fragments.master_partitions(self._engine.optimizer),
@@ -112,13 +115,19 @@ class ZeroEngine:
             [loss.double(), self._gradient_norm(loss).double(), skipped.to(loss.device).double()]
         )
 
+    def _forget_gradients(self) -> None:
+        """Drops the sums of a refused step, which DeepSpeed keeps, and adds to, with offload."""
+        sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+        for group in sums:
+            sums[group] = None
+
     def _gradient_norm(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self._engine.optimizer._global_grad_norm, device=like.device)
 
     @torch.no_grad()
     def _sum_over_stages(self) -> None:
         """Adds up the gradients of parameters that every pipeline rank holds, in one message."""
-        gradients = [self._gradient(name) for name in sorted(self._local.on_every_stage)]
+        gradients = [self._gradient(name) for name in self._shared]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=self._ranks.pipeline.group)
         pieces = flat.split([gradient.numel() for gradient in gradients])
@@ -127,18 +136,16 @@ class ZeroEngine:
 
     def _gradient(self, name: str) -> Tensor:
         """The accumulated gradient of a parameter; of zeros where this stage did not use it."""
-        parameter, zero = self._parameters[name], self._engine.optimizer
-        if not hasattr(zero, "fp32_groups_gradients"):
+        if not self._places:
+            parameter = self._parameters[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             return parameter.grad
         # bf16: DeepSpeed accumulates in fp32 buffers of its own, and clips only those marked as used.
-        for group, members in enumerate(zero.bf16_groups):
-            for place, member in enumerate(members):
-                if member is parameter:
-                    zero.fp32_groups_has_gradients[group][place] = True
-                    return zero.fp32_groups_gradients[group][place]
-        raise AssertionError(f"{name} is not under ZeRO")
+        group, place = self._places[name]
+        zero = self._engine.optimizer
+        zero.fp32_groups_has_gradients[group][place] = True
+        return zero.fp32_groups_gradients[group][place]
 
     def pieces(self, *, owned: bool, kinds: Sequence[str] | None = None) -> Iterator[Piece]:
         """The state in this rank's partition by global name, then buffers.
@@ -163,3 +170,15 @@ class ZeroEngine:
         for partition in fragments.master_partitions(self._engine.optimizer):
             self._optimizer.state[partition]["step"].fill_(float(applied_steps))
         fragments.refresh_weights(self._engine.optimizer)
+
+
+def _places_in_bf16_groups(
+    zero_optimizer: Any, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, tuple[int, int]]:
+    """Where DeepSpeed's bf16 optimizer keeps each parameter's gradient; empty for its others."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        names[id(member)]: (group, place)
+        for group, members in enumerate(getattr(zero_optimizer, "bf16_groups", []))
+        for place, member in enumerate(members)
+    }
