@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 import warnings
@@ -38,7 +39,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list
 
     A failure on any rank ends all of them and is raised here with its traceback.
     """
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(ranks):
         ours, theirs = _context().Pipe(duplex=False)
@@ -100,7 +101,13 @@ def _run_rank(
     os._exit(0)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port() -> int:
+    """A port below those that the kernel gives to outgoing connections, which would race for it."""
+    while True:
+        port = random.randint(10_000, 30_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

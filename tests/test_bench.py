@@ -173,11 +173,11 @@ def test_bubble_formula(layout: bubble.Layout) -> None:
         microbatches=layout.micro_batches,
     )
     assert layout.formula == planned.bubble
-    # Both ranks work in all but the bubble of a step of 10 s.
-    slept = 2 * 10 * (1 - layout.formula)
-    assert bubble._idle({"slept_s": slept, "wall_s": 10.0})[bubble.IDLE] == pytest.approx(
-        layout.formula
-    )
+    # Two ranks of 10 s each are busy in all but the bubble, and a second of that is no sleep.
+    busy_s = 2 * 10 * (1 - layout.formula)
+    shares = bubble._idle({"slept_s": busy_s - 1, "worked_s": 1.0, "wall_s": 10.0})
+    assert shares[bubble.IDLE] == pytest.approx(layout.formula)
+    assert shares[bubble.NOT_ASLEEP] == pytest.approx(layout.formula + 1 / 20)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -24,6 +24,9 @@ from dsr_scale.model.build import build_on_meta
 from dsr_scale.parallel import start
 from dsr_scale.parallel.fragments import master_partitions
 
+# Tests of many ranks run one after the other: side by side they would only wait for each other.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 CONTROL_BYTES = 8
 
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from rank_processes import free_port
 from tiny_runs import DRIVER, consumed, run_training, write_config
 
 from dsr_scale.checkpoint import directory
 from dsr_scale.telemetry.metrics import METRICS_FILE, read_metrics
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start_srun_ranks(folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:

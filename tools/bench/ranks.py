@@ -13,7 +13,7 @@ import functools
 import multiprocessing
 import os
 import pickle
-import socket
+import random
 import time
 import traceback
 from collections.abc import Callable
@@ -48,9 +48,8 @@ class RankGroup:
     """`ranks` processes, each of which called `build(*arguments)` for its step."""
 
     def __init__(self, build: Callable[..., Step], ranks: int, *arguments: Any) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        # Below the ports that the kernel gives to outgoing connections, which would race for it.
+        port = random.randint(10_000, 30_000)
         self._pipes, self._processes = [], []
         for rank in range(ranks):
             ours, theirs = _context().Pipe()
