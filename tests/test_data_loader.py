@@ -26,7 +26,7 @@ from dsr_scale.data.pack_unit import PackOptions
 from dsr_scale.data.samples import Caption, Sample
 from dsr_scale.data.shards import ShardStore
 from dsr_scale.data.sources import SourceOptions
-from dsr_scale.data.transforms import cover_and_crop, decode_rgb
+from dsr_scale.data.transforms import choose_view, cover_and_crop, decode_rgb
 
 COUNT = 30
 GLOBAL = 12
@@ -102,7 +102,7 @@ def test_batches_equal_a_plain_loop(packed: Path) -> None:
     for epoch, sample_id in zip(epochs.tolist(), ids.tolist(), strict=True):
         identity = {"seed": 5, "epoch": epoch, "sample_id": sample_id}
         image = decode_rgb(encoded(sample_id), config.background)
-        pixels = cover_and_crop(image, (16, 16), crop="random", flip=0.5, **identity)
+        pixels = cover_and_crop(image, (16, 16), choose_view("random", 0.5, **identity))
         captions = tuple(Caption(**caption) for caption in row(sample_id)["captions"])
         expected.append(
             (

@@ -14,6 +14,7 @@ from dsr_scale.data.captions import choose_caption, drop_condition
 from dsr_scale.data.samples import Caption
 from dsr_scale.data.transforms import (
     UnreadableImage,
+    choose_view,
     cover_and_crop,
     decode_rgb,
     image_size,
@@ -110,14 +111,16 @@ def test_centre_crop_equals_resize_then_crop() -> None:
 def test_random_crop_and_flip_depend_on_identity_alone() -> None:
     image = Image.fromarray(picture(8, 20, 60))
     identity = {"seed": 1, "epoch": 2, "sample_id": 3}
-    crop = cover_and_crop(image, (20, 20), crop="random", flip=0.5, **identity)
-    again = cover_and_crop(image, (20, 20), crop="random", flip=0.5, **identity)
+    crop = cover_and_crop(image, (20, 20), choose_view("random", 0.5, **identity))
+    again = cover_and_crop(image, (20, 20), choose_view("random", 0.5, **identity))
     np.testing.assert_array_equal(crop, again)
-    plain = cover_and_crop(image, (20, 20), crop="random", flip=0.0, **identity)
-    mirrored = cover_and_crop(image, (20, 20), crop="random", flip=1.0, **identity)
+    plain = cover_and_crop(image, (20, 20), choose_view("random", 0.0, **identity))
+    mirrored = cover_and_crop(image, (20, 20), choose_view("random", 1.0, **identity))
     np.testing.assert_array_equal(mirrored, plain[:, :, ::-1])
     different = {
-        cover_and_crop(image, (20, 20), crop="random", seed=1, epoch=epoch, sample_id=3).tobytes()
+        cover_and_crop(
+            image, (20, 20), choose_view("random", 0.0, seed=1, epoch=epoch, sample_id=3)
+        ).tobytes()
         for epoch in range(20)
     }
     assert len(different) > 15

@@ -28,6 +28,11 @@ TRAINING_PACKAGES = {
     "pyarrow",
     "matplotlib",
     "xxhash",
+    "grpc",
+    "grpc_health",
+    "prometheus_client",
+    "cryptography",
+    "diskcache",
 }
 """What a plain install, made for sampling, does not have."""
 

@@ -22,6 +22,57 @@ class PixelsImage(Section):
     """Side of a patch, in pixels; latents are [3·patch², H/patch, W/patch]."""
 
 
+class NoTreatment(Section):
+    """The encoder as it is; right for checkpoints with trained registers."""
+
+    kind: Literal["none"] = "none"
+
+
+class TestTimeRegisters(Section):
+    """An appended zero token takes over the activation of register neurons (DSR, TTR Alg. 2)."""
+
+    kind: Literal["registers"] = "registers"
+    neurons: str
+    """Register file of `dsr-scale registers`, or `package:NAME` for a published list that ships here."""
+    maximum: Literal["shared", "per_neuron"] = "shared"
+    """What the register receives: one signed extreme of a layer's neurons (as released), or each
+    neuron's own (as the paper writes it)."""
+    keep_first_patch: bool = False
+    """Leave patch 0 of encoders without CLS token as it is, as the released code does."""
+
+
+class Zeroing(Section):
+    """Register neurons are set to zero and nothing takes over; breaks the encoder, for comparison."""
+
+    kind: Literal["zeroing"] = "zeroing"
+    neurons: str
+    """Register file, or `package:NAME`."""
+
+
+class AttentionBias(Section):
+    """Register neurons are set to zero, and every layer attends to one constant key and value."""
+
+    kind: Literal["attention_bias"] = "attention_bias"
+    neurons: str
+    """Register file, or `package:NAME`."""
+    bias: str
+    """safetensors file with `key` and `value` [layers, channels] that `dsr-scale registers` writes."""
+
+
+class NormClamp(Section):
+    """Patch tokens of large norm are scaled down after every block."""
+
+    kind: Literal["clamp"] = "clamp"
+    max_over_median: float = Field(default=3.0, gt=1)
+    """Largest norm left, in units of the image's median patch norm."""
+
+
+OutlierTreatment = Annotated[
+    NoTreatment | TestTimeRegisters | Zeroing | AttentionBias | NormClamp,
+    Field(discriminator="kind"),
+]
+
+
 class VitImage(Section):
     """Final tokens of a vision transformer (RAE): affine-free last norm, special tokens dropped, whitened."""
 
@@ -44,6 +95,11 @@ class VitImage(Section):
     """Patch side of the encoder; needed for models `derive.py` does not know."""
     dtype: Dtype = "fp32"
     """Precision the encoder runs in."""
+    outliers: OutlierTreatment = NoTreatment()
+    """What is done about outlier tokens inside the encoder."""
+    chunk_images: int = Field(default=16, gt=0)
+    """Images in every forward pass; the last is filled up with black ones. Libraries choose kernels by
+    size, so only equal sizes give an image equal latents whatever batch it came in."""
 
     @property
     def known_as(self) -> str:
@@ -65,6 +121,8 @@ class VaeImage(Section):
     """Image side over latent side."""
     dtype: Dtype = "fp32"
     """Precision the encoder runs in."""
+    chunk_images: int = Field(default=16, gt=0)
+    """Images in every forward pass; the last is filled up with black ones, as for `vit`."""
 
 
 class BytesText(Section):
@@ -148,3 +206,5 @@ class EncodersConfig(Section):
     image: ImageEncoderConfig = PixelsImage()
     text: TextEncoderConfig = BytesText()
     decoder: DecoderConfig = PixelsDecoder()
+    latent_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision that latents are rounded to, once, after whitening; wherever they come from."""

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from dsr_scale.config.data import DataConfig
 from dsr_scale.config.diffusion import DiffusionConfig
+from dsr_scale.config.encoder_access import EncoderAccess
 from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.config.model import ModelConfig
 from dsr_scale.config.parallel import ParallelConfig
@@ -29,6 +30,7 @@ class RunConfig(Section):
     """Initial weights, data order, noise and dropout are functions of it."""
     data: DataConfig
     encoders: EncodersConfig = EncodersConfig()
+    encoder: EncoderAccess = EncoderAccess()
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     parallel: ParallelConfig = ParallelConfig()

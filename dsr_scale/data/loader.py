@@ -27,7 +27,12 @@ from dsr_scale.data.order import SampleOrder
 from dsr_scale.data.samples import Sample, Samples, UnusableRecord
 from dsr_scale.data.shards import ShardStore
 from dsr_scale.data.shared_memory import remove_abandoned
-from dsr_scale.data.transforms import UnreadableImage, cover_and_crop, decode_rgb
+from dsr_scale.data.transforms import (
+    UnreadableImage,
+    choose_view,
+    cover_and_crop,
+    decode_rgb,
+)
 from dsr_scale.data.worker_processes import tie_to_parent
 
 
@@ -277,9 +282,8 @@ class _Decoder(Dataset[Batch | InputError]):
             image = decode_rgb(sample.image, config.background, target)
         except UnreadableImage as error:
             raise UnusableRecord(sample.key, str(error)) from error
-        pixels = cover_and_crop(
-            image, target, crop=config.crop, flip=config.horizontal_flip, **identity
-        )
+        view = choose_view(config.crop, config.horizontal_flip, **identity)
+        pixels = cover_and_crop(image, target, view)
         null = drop_condition(config.condition_dropout, **identity)
         return _Slot(pixels, caption, label, null, sample_id, sample.key)
 

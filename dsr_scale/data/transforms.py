@@ -9,7 +9,7 @@ id) only.
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -110,28 +110,40 @@ def reencode_image(
         raise UnreadableImage(_describe(error)) from error
 
 
-def cover_and_crop(
-    image: Image.Image,
-    target: tuple[int, int],
-    *,
-    crop: Literal["center", "random"] = "center",
-    flip: float = 0.0,
-    seed: int = 0,
-    epoch: int = 0,
-    sample_id: int = 0,
-) -> np.ndarray:
-    """Scales to cover `target` (height, width), crops, flips with probability `flip`.
+class View(NamedTuple):
+    """Which part of an image is seen, and which way round."""
 
-    Returns uint8 [3, H, W]. Bicubic with antialiasing.
+    share_x: float = 0.5
+    """Where the crop lies in the room that is left: 0 is the left edge, 1 the right."""
+    share_y: float = 0.5
+    """The same from top to bottom."""
+    mirrored: bool = False
+
+
+CENTRE = View()
+
+
+def choose_view(
+    crop: Literal["center", "random"], flip: float, *, seed: int, epoch: int, sample_id: int
+) -> View:
+    """The view of a sample in an epoch: a function of these alone; mirrored with probability `flip`."""
+    share_x = share_y = 0.5
+    if crop == "random":
+        share_x, share_y = random_keys.generator(seed, "crop", epoch, sample_id).random(2).tolist()
+    mirrored = flip > 0 and random_keys.generator(seed, "flip", epoch, sample_id).random() < flip
+    return View(share_x, share_y, bool(mirrored))
+
+
+def cover_and_crop(image: Image.Image, target: tuple[int, int], view: View = CENTRE) -> np.ndarray:
+    """Scales to cover `target` (height, width) and crops to `view`: uint8 [3, H, W].
+
+    Bicubic with antialiasing.
     """
     height, width = target
     scale = max(height / image.height, width / image.width)
     crop_width, crop_height = width / scale, height / scale
     free_x, free_y = image.width - crop_width, image.height - crop_height
-    share_x = share_y = 0.5
-    if crop == "random":
-        share_x, share_y = random_keys.generator(seed, "crop", epoch, sample_id).random(2)
-    left, top = max(0.0, free_x * share_x), max(0.0, free_y * share_y)
+    left, top = max(0.0, free_x * view.share_x), max(0.0, free_y * view.share_y)
     box = (
         left,
         top,
@@ -140,8 +152,7 @@ def cover_and_crop(
     )
     scaled = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(scaled).transpose(2, 0, 1)
-    mirrored = flip > 0 and random_keys.generator(seed, "flip", epoch, sample_id).random() < flip
-    return np.ascontiguousarray(pixels[:, :, ::-1] if mirrored else pixels)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if view.mirrored else pixels)
 
 
 def _describe(error: Exception) -> str:

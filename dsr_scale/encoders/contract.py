@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.encoders import (
@@ -41,6 +41,11 @@ class ImageEncoder(Protocol):
         """C of the latents."""
         ...
 
+    @property
+    def network(self) -> nn.Module | None:
+        """What holds the weights, if anything does."""
+        ...
+
     def encode(self, images: Tensor) -> Tensor:
         """uint8 [B,3,H,W] → float32 latents [B,C,h,w] on the encoder's device."""
         ...
@@ -59,6 +64,11 @@ class TextTokens:
 class TextEncoder(Protocol):
     """Captions to tokens. Frozen, each caption independent of its batch."""
 
+    @property
+    def network(self) -> nn.Module | None:
+        """What holds the weights, if anything does."""
+        ...
+
     def encode(self, captions: Sequence[str]) -> TextTokens:
         """B captions → tokens and mask on the encoder's device."""
         ...
@@ -70,6 +80,11 @@ class Decoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """float [B,C,h,w] → uint8 [B,3,H,W] on the decoder's device."""
         ...
+
+
+def rounded(latents: Tensor, encoders: EncodersConfig) -> Tensor:
+    """Latents in `encoders.latent_dtype`: the one place where their precision is decided."""
+    return latents.to(torch.bfloat16 if encoders.latent_dtype == "bf16" else torch.float32)
 
 
 def build_image_encoder(

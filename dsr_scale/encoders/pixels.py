@@ -7,7 +7,7 @@ its p×p patch.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dsr_scale.base.errors import InputError
@@ -19,6 +19,11 @@ class PixelsEncoder:
     def __init__(self, patch: int, device: torch.device) -> None:
         self.patch = patch
         self.device = device
+
+    @property
+    def network(self) -> nn.Module | None:
+        """There are no weights."""
+        return None
 
     @property
     def channels(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from dsr_scale.config.derive import BYTE_VOCABULARY
 from dsr_scale.encoders.contract import TextTokens
@@ -18,6 +19,11 @@ class BytesEncoder:
     def __init__(self, max_length: int, device: torch.device) -> None:
         self.max_length = max_length
         self.device = device
+
+    @property
+    def network(self) -> nn.Module | None:
+        """There are no weights."""
+        return None
 
     def encode(self, captions: Sequence[str]) -> TextTokens:
         """B captions → ids int64 [B,L] and mask [B,L], cut to whole characters within L bytes."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dsr_scale.base.errors import InputError
@@ -51,6 +51,11 @@ class TransformersEncoder:
             config=model_config,
         )
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What holds the weights."""
+        return self.model
 
     def encode(self, captions: Sequence[str]) -> TextTokens:
         """B captions → features [B,L,C] and mask [B,L]; each distinct new caption is run once."""

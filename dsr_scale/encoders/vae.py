@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsr_scale.config.encoders import Dtype, VaeDecoder, VaeImage
 from dsr_scale.encoders.loading import load_autoencoder, require_equal
@@ -25,6 +25,11 @@ class VaeEncoder:
         self.vae = _load(config.model, config.revision, config, config.dtype, device)
         del self.vae.decoder
         self.shift, self.scale = _affine(self.vae.config, device)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What holds the weights."""
+        return self.vae
 
     @property
     def channels(self) -> int:

@@ -80,6 +80,11 @@ class VitEncoder:
         self.model = _load(self.family, vit_config, location, config, device)
 
     @property
+    def network(self) -> nn.Module | None:
+        """What holds the weights."""
+        return self.model
+
+    @property
     def channels(self) -> int:
         """C, the width of the ViT's tokens."""
         return self.geometry.channels
