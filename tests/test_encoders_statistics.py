@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
-from dsr_scale.config.load import load_run
-from dsr_scale.data.loader import open_samples
-from dsr_scale.data.transforms import cover_and_crop, decode_rgb
-from dsr_scale.encoders.contract import build_image_encoder
 from dsr_scale.encoders.statistics import (
     LatentStatistics,
     StatisticsIdentity,
+    StatisticsSource,
+    load_shares,
     load_statistics,
     save_statistics,
 )
 from dsr_scale.encoders.whitening import EPSILON, Whitening
 
-IDENTITY = StatisticsIdentity("owner/encoder", "a1b2c3", 256)
+IDENTITY = StatisticsIdentity("owner/encoder", "a1b2c3", 256, "registers shared 0123")
 
 
 def _latents(count: int = 103) -> torch.Tensor:
@@ -76,9 +71,11 @@ def test_shapes_do_not_mix() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        StatisticsIdentity("owner/other", "a1b2c3", 256),
-        StatisticsIdentity("owner/encoder", None, 256),
-        StatisticsIdentity("owner/encoder", "a1b2c3", 512),
+        replace(IDENTITY, encoder="owner/other"),
+        replace(IDENTITY, revision=None),
+        replace(IDENTITY, resolution=512),
+        replace(IDENTITY, treatment="registers shared 4567"),
+        replace(IDENTITY, treatment="none"),
     ],
 )
 def test_statistics_of_another_encoder_are_refused(
@@ -89,6 +86,77 @@ def test_statistics_of_another_encoder_are_refused(
     load_statistics(path, IDENTITY)
     with pytest.raises(InputError, match="compute the statistics for this encoder"):
         load_statistics(path, other)
+
+
+def test_a_refusal_names_both_treatments(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.safetensors"
+    untreated = replace(IDENTITY, treatment="none")
+    save_statistics(path, LatentStatistics.of(_latents(4)), untreated)
+    with pytest.raises(InputError) as refused:
+        load_statistics(path, IDENTITY)
+    assert "'treatment': 'none'" in refused.value.found
+    assert "'treatment': 'registers shared 0123'" in refused.value.required
+
+
+def test_files_that_name_no_treatment_are_of_the_untreated_encoder(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "statistics.safetensors"
+    metadata = {"encoder": "owner/encoder", "revision": "a1b2c3", "resolution": "256", "count": "2"}
+    save_file({"mean": torch.zeros(1, 2, 2), "variance": torch.ones(1, 2, 2)}, path, metadata)
+    assert load_statistics(path, replace(IDENTITY, treatment="none")).count == 2
+    with pytest.raises(InputError, match="registers shared 0123"):
+        load_statistics(path, IDENTITY)
+
+
+def _save_shares(folder: Path, latents: torch.Tensor, shares: int = 3) -> list[Path]:
+    paths = [folder / f"{number}.safetensors" for number in range(shares)]
+    for number, part in enumerate(latents.tensor_split(shares)):
+        source = StatisticsSource("set", f"{number}", number, shares)
+        save_statistics(paths[number], LatentStatistics.of(part), IDENTITY, source)
+    return paths
+
+
+def test_shares_are_loaded_by_number_and_merge_to_the_whole(tmp_path: Path) -> None:
+    latents = _latents()
+    paths = _save_shares(tmp_path, latents)
+    shares = load_shares([paths[2], paths[0], paths[1]], IDENTITY)
+    assert [source.fingerprint for _, source in shares] == ["0", "1", "2"]
+    parts = [statistics for statistics, _ in shares]
+    _assert_equal(parts[0].merge(parts[1]).merge(parts[2]), latents)
+
+
+def test_one_share_is_refused_as_statistics_of_the_whole(tmp_path: Path) -> None:
+    paths = _save_shares(tmp_path, _latents())
+    with pytest.raises(InputError, match="share 1/3") as refused:
+        load_statistics(paths[1], IDENTITY)
+    assert "--merge" in refused.value.remedy
+
+
+def test_shares_merge_only_complete_and_once(tmp_path: Path) -> None:
+    paths = _save_shares(tmp_path, _latents())
+    with pytest.raises(InputError, match="required: also 0/3, 2/3"):
+        load_shares(paths[1:2], IDENTITY)
+    with pytest.raises(InputError, match="found: share 1/3 in"):
+        load_shares([*paths, paths[1]], IDENTITY)
+    with pytest.raises(InputError, match="no files to merge"):
+        load_shares([], IDENTITY)
+
+
+def test_shares_of_another_set_or_encoder_do_not_merge(tmp_path: Path) -> None:
+    paths = _save_shares(tmp_path, _latents())
+    part = LatentStatistics.of(_latents(4))
+    for source in (StatisticsSource("other", "2", 2, 3), StatisticsSource("set", "2", 2, 4)):
+        save_statistics(paths[2], part, IDENTITY, source)
+        with pytest.raises(InputError, match="shares of one data set, cut the same way"):
+            load_shares(paths, IDENTITY)
+    untreated = replace(IDENTITY, treatment="none")
+    save_statistics(paths[2], part, untreated, StatisticsSource("set", "2", 2, 3))
+    with pytest.raises(InputError, match="'treatment': 'none'"):
+        load_shares(paths, IDENTITY)
+    save_statistics(paths[2], part, IDENTITY)
+    with pytest.raises(InputError, match="without data_set, fingerprint, share, shares"):
+        load_shares(paths, IDENTITY)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
@@ -125,49 +193,3 @@ def test_another_grid_is_whitened_and_comes_back() -> None:
     expected = (latents - rows[:, :, :1]) / (1 + rows[:, :, :1] + EPSILON).sqrt()
     torch.testing.assert_close(whitening.apply(latents), expected)
     torch.testing.assert_close(whitening.undo(whitening.apply(latents)), latents)
-
-
-def test_the_lines_in_the_documentation_compute_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """docs/encoders.md, run on a small ViT and the shipped pack, whitens what training will see."""
-    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text(encoding="utf-8")
-    start = page.index("    from pathlib import Path\n")
-    end = page.index("\n## ", start)
-    lines = textwrap.dedent(page[start:end])
-
-    declare_torchvision_operators()
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32
-    )
-    vit = tmp_path / "vit"
-    transformers.Dinov2Model(config).save_pretrained(vit)
-    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (vit / "preprocessor_config.json").write_text(json.dumps(processor))
-    run_file = tmp_path / "run.yaml"
-    run_file.write_text(
-        "name: t\ndirectory: d\n"
-        "data: {shards: 'package:emoji', max_samples: 70, resolution: 32}\n"
-        f"encoders: {{image: {{kind: vit, model: '{vit}', name: owner/vit, channels: 8, patch: 8,\n"
-        "  input_size: 32, statistics: made/statistics.safetensors}}\n"
-        "model: {width: 64, depth: 2, heads: 4}\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert "configs/published/dit_xl.yaml" in lines
-    exec(compile(lines.replace("configs/published/dit_xl.yaml", str(run_file)), "docs", "exec"), {})
-
-    run = load_run(run_file)
-    encoder = build_image_encoder(run.encoders.image, resolution=32, device="cpu")
-    samples = open_samples(run.data)
-    pixels = [
-        cover_and_crop(decode_rgb(samples.read(i).image, (255, 255, 255)), (32, 32))
-        for i in range(70)
-    ]
-    latents = encoder.encode(torch.from_numpy(np.stack(pixels))).double()
-    zeros = torch.zeros(8, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close(latents.mean(dim=0), zeros, rtol=0, atol=1e-3)
-    variance = latents.var(dim=0, correction=0)
-    torch.testing.assert_close(variance, zeros + 1, rtol=0, atol=5e-2)

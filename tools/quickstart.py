@@ -1,4 +1,4 @@
-"""The whole system on one machine: train, export, sample, and look.
+"""The whole system on one machine: serve encoders, train, export, sample, and look.
 
 It runs the commands a person would type, prints each before running it, and measures what came
 out. A second network without registers is trained alike, so that token norms can be compared.
@@ -8,11 +8,13 @@ out. A second network without registers is trained alike, so that token norms ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -63,11 +65,14 @@ def main() -> None:
 
     say("1/5 what the config means, before anything is spent")
     run(COMMAND, "plan", config, micro, "--devices", processes)
-    say("2/5 train with diffusion registers")
-    train(config, processes, micro)
-    say("3/5 train the same without registers, to compare token norms")
-    no_registers = ["model.registers.count=0", f"directory={OUT / 'baseline'}", "name=baseline"]
-    train(config, processes, micro, *no_registers, "grid.every_steps=null")
+    registry = f"encoder.registry={OUT / 'encoder_servers'}"
+    with encoder_service(config, registry):
+        through_it = ["encoder.mode=service", registry]
+        say("2/5 train with diffusion registers, on what the encoder service gives")
+        train(config, processes, micro, *through_it)
+        say("3/5 train the same without registers, to compare token norms")
+        no_registers = ["model.registers.count=0", f"directory={OUT / 'baseline'}", "name=baseline"]
+        train(config, processes, micro, *through_it, *no_registers, "grid.every_steps=null")
     say("4/5 export the averaged weights to one device, and sample")
     for name in ("registers", "baseline"):
         run(COMMAND, "export", OUT / name, OUT / f"{name}_bundle")
@@ -99,6 +104,19 @@ def run(*words: object) -> None:
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(status)
+
+
+@contextlib.contextmanager
+def encoder_service(*words: object) -> Iterator[None]:
+    """The frozen encoders in a process of their own; ends when it is left, however that is."""
+    command = [str(word) for word in (COMMAND, "serve", *words)]
+    console.print(f"[dim]$ {shlex.join(command)} &[/dim]", soft_wrap=True, highlight=False)
+    service = subprocess.Popen(command)
+    try:
+        yield
+    finally:
+        service.terminate()
+        service.wait()
 
 
 def data_parallel(global_batch_images: int, devices: int) -> int:

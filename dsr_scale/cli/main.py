@@ -17,7 +17,18 @@ from rich.text import Text
 
 import dsr_scale
 from dsr_scale.base.errors import InputError
-from dsr_scale.cli import checkpoint, export, pack, plan, sample, train
+from dsr_scale.cli import (
+    checkpoint,
+    encode,
+    export,
+    pack,
+    plan,
+    registers,
+    sample,
+    serve,
+    stats,
+    train,
+)
 from dsr_scale.config.problems import ConfigError
 
 TRAINING_PACKAGES = {
@@ -64,7 +75,11 @@ def _options(
 
 
 app.command("pack")(pack.pack)
+app.command("encode")(encode.encode)
+app.command("registers")(registers.registers)
+app.command("stats")(stats.stats)
 app.command("plan")(plan.plan)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("export")(export.export)
 app.command("sample")(sample.sample)

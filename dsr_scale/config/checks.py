@@ -17,6 +17,7 @@ from dsr_scale.config.derive import (
     parallel_layout,
     register_start,
 )
+from dsr_scale.config.encoder_checks import ENCODER_CHECKS
 from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
 from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.parallel_checks import (
@@ -291,4 +292,5 @@ _CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
     tensor_problems,
     sequence_problems,
     pipeline_problems,
+    *ENCODER_CHECKS,
 )

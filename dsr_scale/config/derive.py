@@ -36,12 +36,21 @@ KNOWN_VITS: dict[str, VitGeometry] = {
     "facebook/dinov2-with-registers-small": VitGeometry(384, 14, 224),
     "facebook/dinov2-with-registers-base": VitGeometry(768, 14, 224),
     "facebook/dinov2-with-registers-large": VitGeometry(1024, 14, 224),
+    "facebook/dinov2-with-registers-giant": VitGeometry(1536, 14, 224),
+    "facebook/dinov2-small": VitGeometry(384, 14, 224),
     "facebook/dinov2-base": VitGeometry(768, 14, 224),
     "facebook/dinov2-large": VitGeometry(1024, 14, 224),
+    "facebook/dinov2-giant": VitGeometry(1536, 14, 224),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": VitGeometry(384, 16, 256),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": VitGeometry(768, 16, 256),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": VitGeometry(1024, 16, 256),
     "google/siglip2-base-patch16-256": VitGeometry(768, 16, 256),
+    "google/siglip2-large-patch16-256": VitGeometry(1024, 16, 256),
     "google/siglip2-so400m-patch14-224": VitGeometry(1152, 14, 224),
     "google/siglip2-so400m-patch16-256": VitGeometry(1152, 16, 256),
     "facebook/vit-mae-base": VitGeometry(768, 16, 256),
+    "facebook/vit-mae-large": VitGeometry(1024, 16, 256),
+    "facebook/vit-mae-huge": VitGeometry(1280, 14, 224),
 }
 """Published encoders at the input size that gives 16×16 tokens (docs/method.md §4)."""
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from dsr_scale.base.errors import InputError
 from dsr_scale.data.transforms import View
 
 
@@ -41,10 +42,41 @@ class Encoded:
     failures: Mapping[int, str] = field(default_factory=dict)
     """Row → why its image could not be decoded."""
 
+    def replaced(self, rows: Sequence[int], other: Encoded) -> Encoded:
+        """These, with `rows` taken from `other`; failures are those of the others."""
+        latents = self.latents.clone()
+        latents[list(rows)] = other.latents
+        tokens, mask = self.tokens, self.mask
+        if tokens is not None and mask is not None:
+            assert other.tokens is not None and other.mask is not None
+            tokens, mask = tokens.clone(), mask.clone()
+            tokens[list(rows)] = other.tokens
+            mask[list(rows)] = other.mask
+        return Encoded(latents, tokens, mask)
+
 
 class RowEncoder(Protocol):
     """Implementations are pickled to data workers and connect, or open files, when first used."""
 
-    def encode(self, rows: Sequence[Row], target: tuple[int, int]) -> Encoded:
-        """Encodes images at `target` (height, width). Raises `InputError` when that is impossible."""
+    @property
+    def wants_pixels(self) -> bool:
+        """Rows are to hold pixels, not files."""
         ...
+
+    def encode(self, rows: Sequence[Row], target: tuple[int, int]) -> Encoded:
+        """Encodes images at `target` (height, width).
+
+        Raises `EncodersLost` when nobody answers, and another `InputError` when it is impossible.
+        """
+        ...
+
+
+class EncodersLost(InputError):
+    """Nobody encodes any more, through no fault of the data: save, and end."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str, str]]:
+        return _rebuild_lost, (self.found, self.required, self.remedy)
+
+
+def _rebuild_lost(found: str, required: str, remedy: str) -> EncodersLost:
+    return EncodersLost(found=found, required=required, remedy=remedy)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from dsr_scale.config.data import DataConfig
 from dsr_scale.data.buckets import BatchPlan
 from dsr_scale.data.captions import choose_caption, drop_condition
 from dsr_scale.data.corruption import REPLACEMENT_ATTEMPTS, CorruptImage, replacement_id
+from dsr_scale.data.encoded import Encoded, Row, RowEncoder
 from dsr_scale.data.order import SampleOrder
 from dsr_scale.data.samples import Sample, Samples, UnusableRecord
 from dsr_scale.data.shards import ShardStore
@@ -40,8 +41,10 @@ from dsr_scale.data.worker_processes import tie_to_parent
 class Batch:
     """One micro-batch of B samples; every row agrees on its position in all fields."""
 
-    images: torch.Tensor
-    """uint8 [B, 3, H, W], RGB."""
+    images: torch.Tensor | None
+    """uint8 [B, 3, H, W], RGB; None where the workers have them encoded."""
+    encoded: Encoded | None
+    """Latents and tokens in their place."""
     captions: tuple[str, ...]
     """The chosen caption, also where `null` says that it is to be ignored; "" if there is none."""
     labels: torch.Tensor | None
@@ -88,11 +91,13 @@ class BatchStream:
         rank: int,
         world_size: int,
         num_classes: int | None = None,
+        encoder: RowEncoder | None = None,
         start_method: Literal["fork", "spawn"] = "fork",
     ) -> None:
         """`rank` and `world_size` count model replicas; raises `InputError` for uneven batches.
 
-        Batches carry labels if there are `num_classes`; None is for data without classes.
+        Batches carry labels if there are `num_classes`; None is for data without classes. With an
+        `encoder` they carry latents and tokens instead of images; what it uses may want "spawn".
         """
         assert 0 <= rank < world_size
         if config.workers:
@@ -117,7 +122,7 @@ class BatchStream:
         rank_images = global_batch_images // world_size
         self._rows = range(rank * rank_images, (rank + 1) * rank_images, microbatch_images)
         self._microbatch = microbatch_images
-        self._decoder = _Decoder(samples, config, seed, num_classes)
+        self._decoder = _Decoder(samples, config, seed, num_classes, encoder)
         self._config = config
         self._start_method = start_method
         self._iterator: Iterator[Batch | InputError] | None = None
@@ -189,11 +194,9 @@ def _unchanged(batch: Any) -> Any:
 
 
 class _Slot(NamedTuple):
-    image: np.ndarray
-    caption: str
+    row: Row
     label: int
     null: bool
-    sample_id: int
     key: str
 
 
@@ -205,12 +208,19 @@ class _Decoder(Dataset[Batch | InputError]):
     """
 
     def __init__(
-        self, samples: Samples, config: DataConfig, seed: int, num_classes: int | None
+        self,
+        samples: Samples,
+        config: DataConfig,
+        seed: int,
+        num_classes: int | None,
+        encoder: RowEncoder | None,
     ) -> None:
         self._samples = samples
         self._config = config
         self._seed = seed
         self._num_classes = num_classes
+        self._encoder = encoder
+        self._sends_files = encoder is not None and not encoder.wants_pixels
 
     def __getitem__(self, request: Request) -> Batch | InputError:
         try:
@@ -219,33 +229,54 @@ class _Decoder(Dataset[Batch | InputError]):
             return error
 
     def _decode(self, request: Request) -> Batch:
-        height, width = request.target
-        images = torch.empty((len(request.sample_ids), 3, height, width), dtype=torch.uint8)
-        slots: list[_Slot] = []
-        corrupt: list[CorruptImage] = []
-        pairs = zip(request.epochs.tolist(), request.sample_ids.tolist(), strict=True)
-        for row, (epoch, sample_id) in enumerate(pairs):
-            slot, unusable = self._fill(epoch, sample_id, request.target)
-            images[row] = torch.from_numpy(slot.image)
-            slots.append(slot)
-            corrupt += unusable
+        pairs = list(zip(request.epochs.tolist(), request.sample_ids.tolist(), strict=True))
+        undecodable: dict[int, str] = {}
+        filled = [self._fill(*pair, request.target, undecodable) for pair in pairs]
+        images = encoded = None
+        if self._encoder is None:
+            images = torch.from_numpy(np.stack([slot.row.image for slot, _ in filled]))
+        else:
+            encoded = self._encode(self._encoder, pairs, filled, request.target, undecodable)
+        slots = [slot for slot, _ in filled]
         labels = None
         if self._num_classes is not None:
             labels = torch.tensor([slot.label for slot in slots])
         return Batch(
             images=images,
-            captions=tuple(slot.caption for slot in slots),
+            encoded=encoded,
+            captions=tuple(slot.row.caption for slot in slots),
             labels=labels,
             null=torch.tensor([slot.null for slot in slots]),
             epochs=torch.from_numpy(request.epochs.copy()),
-            sample_ids=torch.tensor([slot.sample_id for slot in slots]),
+            sample_ids=torch.tensor([slot.row.sample_id for slot in slots]),
             keys=tuple(slot.key for slot in slots),
-            corrupt=tuple(corrupt),
+            corrupt=tuple(record for _, unusable in filled for record in unusable),
         )
 
+    def _encode(
+        self,
+        encoder: RowEncoder,
+        pairs: list[tuple[int, int]],
+        filled: list[_Filled],
+        target: tuple[int, int],
+        undecodable: dict[int, str],
+    ) -> Encoded:
+        """Encodes the rows of `filled`; what turns out undecodable is replaced there, as if read."""
+        encoded = encoder.encode([slot.row for slot, _ in filled], target)
+        failing = dict(encoded.failures)
+        while failing:
+            for place, reason in failing.items():
+                undecodable[filled[place][0].row.sample_id] = reason
+                filled[place] = self._fill(*pairs[place], target, undecodable)
+            places = list(failing)
+            again = encoder.encode([filled[place][0].row for place in places], target)
+            encoded = encoded.replaced(places, again)
+            failing = {places[index]: reason for index, reason in again.failures.items()}
+        return encoded
+
     def _fill(
-        self, epoch: int, wanted: int, target: tuple[int, int]
-    ) -> tuple[_Slot, list[CorruptImage]]:
+        self, epoch: int, wanted: int, target: tuple[int, int], undecodable: Mapping[int, str]
+    ) -> _Filled:
         """The wanted sample, or the first usable replacement and a record of every failure."""
         failures: list[tuple[str, str, int]] = []
         sample_id = wanted
@@ -253,13 +284,16 @@ class _Decoder(Dataset[Batch | InputError]):
             try:
                 sample = self._samples.read(sample_id)
                 slot = self._use(sample, epoch, sample_id, target)
+                if sample_id in undecodable:
+                    raise UnusableRecord(sample.key, undecodable[sample_id])
             except UnusableRecord as error:
                 failures.append((error.key, str(error), sample_id))
                 sample_id = replacement_id(
                     wanted, attempt, samples=len(self._samples), seed=self._seed, epoch=epoch
                 )
                 continue
-            return slot, [CorruptImage(*failure, slot.sample_id) for failure in failures]
+            used = slot.row.sample_id
+            return slot, [CorruptImage(*failure, used) for failure in failures]
         key, reason, _ = failures[0]
         raise InputError(
             found=f"sample {key} is unusable ({reason}), and so are {REPLACEMENT_ATTEMPTS} others "
@@ -278,14 +312,19 @@ class _Decoder(Dataset[Batch | InputError]):
             raise UnusableRecord(sample.key, "no caption")
         if self._num_classes is not None:
             label = _label(sample, config.label_field, self._num_classes)
-        try:
-            image = decode_rgb(sample.image, config.background, target)
-        except UnreadableImage as error:
-            raise UnusableRecord(sample.key, str(error)) from error
         view = choose_view(config.crop, config.horizontal_flip, **identity)
-        pixels = cover_and_crop(image, target, view)
+        image: bytes | np.ndarray = sample.image
+        if not self._sends_files:
+            try:
+                decoded = decode_rgb(sample.image, config.background, target)
+            except UnreadableImage as error:
+                raise UnusableRecord(sample.key, str(error)) from error
+            image = cover_and_crop(decoded, target, view)
         null = drop_condition(config.condition_dropout, **identity)
-        return _Slot(pixels, caption, label, null, sample_id, sample.key)
+        return _Slot(Row(sample_id, image, view, caption), label, null, sample.key)
+
+
+_Filled = tuple[_Slot, list[CorruptImage]]
 
 
 def _label(sample: Sample, field: str, num_classes: int) -> int:

@@ -20,7 +20,7 @@ import xxhash
 from torch import nn
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.encoders import NoText, VitImage
+from dsr_scale.config.encoders import TransformersText, VaeImage, VitImage
 from dsr_scale.config.run import RunConfig
 from dsr_scale.encode_service.wire import PROTOCOL
 from dsr_scale.encoders.outliers import treatment_identity
@@ -77,12 +77,10 @@ def expected(run: RunConfig) -> Contract:
         values["image.model"] = image.known_as
         values["image.statistics"] = _file_identity(image.statistics)
         values["image.outliers"] = treatment_identity(image.outliers)
-    elif hasattr(image, "model"):
+    elif isinstance(image, VaeImage):
         values["image.model"] = image.model
-    if hasattr(text, "model"):
+    if isinstance(text, TransformersText):
         values["text.model"] = text.model
-    if isinstance(text, NoText):
-        values["text.kind"] = "none"
     return Contract(values)
 
 

@@ -264,7 +264,8 @@ def _described(tensor: torch.Tensor) -> dict[str, Any]:
 
 def _buffer(tensor: torch.Tensor) -> memoryview:
     # numpy knows no bfloat16.
-    return memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+    flat: Any = tensor.contiguous().view(torch.uint8).reshape(-1).numpy()
+    return memoryview(flat)
 
 
 def _tensor(description: dict[str, Any], payload: memoryview) -> tuple[torch.Tensor, memoryview]:

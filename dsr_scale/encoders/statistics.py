@@ -2,12 +2,14 @@
 
 Batches and partial results are merged by the pairwise update of Chan, Golub and LeVeque in
 float64, so that the order of batches and the split over processes do not matter beyond rounding.
-The file names the encoder it belongs to, and is refused for any other: whitening with the wrong
-statistics trains without an error and samples badly.
+The file names the encoder it belongs to and what was done about its outliers, and is refused for any
+other: whitening with the wrong statistics trains without an error and samples badly. A file of one
+share of a data set is refused too, until all shares are merged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from torch import Tensor
 from dsr_scale.base.atomic_files import write_bytes
 from dsr_scale.base.errors import InputError
 
-_RECOMPUTE = "compute the statistics for this encoder and resolution, or name the right file"
+_RECOMPUTE = (
+    "compute the statistics for this encoder and resolution with `dsr-scale stats`, or name the "
+    "right file"
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,30 @@ class StatisticsIdentity:
     """Commit of the hub repository, if pinned."""
     resolution: int
     """Side of the square image, in pixels."""
+    treatment: str = "none"
+    """What is done about outliers, as `outliers.treatment_identity` says; files without it are of
+    an encoder without treatment."""
 
     def metadata(self) -> dict[str, str]:
         """As the strings that safetensors keeps; an unpinned revision is empty."""
         return {name: "" if value is None else str(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class StatisticsSource:
+    """Which images statistics were computed from."""
+
+    data_set: str
+    """Names the whole set, the same in all its shares."""
+    fingerprint: str
+    """Of the images of this share."""
+    share: int = 0
+    """0 ≤ share < shares."""
+    shares: int = 1
+
+    def metadata(self) -> dict[str, str]:
+        """As the strings that safetensors keeps."""
+        return {name: str(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,12 @@ class LatentStatistics:
         return self.squares / self.count
 
 
-def save_statistics(path: Path, statistics: LatentStatistics, identity: StatisticsIdentity) -> None:
+def save_statistics(
+    path: Path,
+    statistics: LatentStatistics,
+    identity: StatisticsIdentity,
+    source: StatisticsSource | None = None,
+) -> None:
     """Writes `mean` and `variance` float64 [C,h,w] as safetensors, atomically.
 
     Raises InputError when the disk is full or the path is not writable.
@@ -88,14 +118,84 @@ def save_statistics(path: Path, statistics: LatentStatistics, identity: Statisti
         "variance": statistics.variance.cpu().contiguous(),
     }
     metadata = {**identity.metadata(), "count": str(statistics.count)}
+    if source is not None:
+        metadata |= source.metadata()
     write_bytes(path, save(tensors, metadata=metadata))
 
 
 def load_statistics(path: Path, identity: StatisticsIdentity) -> LatentStatistics:
-    """Reads what `save_statistics` wrote; the result can be merged with more.
+    """Reads what `save_statistics` wrote of a whole data set; the result can be merged with more.
 
-    Raises InputError when the file is missing, unreadable or of another encoder.
+    Raises InputError when the file is missing, unreadable, of another encoder or of a share only.
     """
+    statistics, metadata = _load(path, identity)
+    if metadata.get("shares", "1") != "1":
+        raise InputError(
+            found=f"{path} with statistics of share {metadata['share']}/{metadata['shares']}",
+            required="statistics of a whole data set",
+            remedy="merge all shares with `dsr-scale stats CONFIG --merge FILE --merge FILE …`",
+        )
+    return statistics
+
+
+def load_shares(
+    paths: Sequence[Path], identity: StatisticsIdentity
+) -> list[tuple[LatentStatistics, StatisticsSource]]:
+    """The shares of one data set, each exactly once, by number.
+
+    Raises InputError when one is missing, doubled, of another data set or of another encoder.
+    """
+    if not paths:
+        raise InputError(
+            found="no files to merge",
+            required="the files of all shares",
+            remedy="name each with --merge FILE, or the folder that holds them",
+        )
+    shares: dict[int, tuple[Path, LatentStatistics, StatisticsSource]] = {}
+    for path in paths:
+        statistics, metadata = _load(path, identity)
+        source = _source(path, metadata)
+        first_path, _, first = next(iter(shares.values()), (path, statistics, source))
+        if (source.data_set, source.shares) != (first.data_set, first.shares):
+            raise InputError(
+                found=f"{first_path} of data set {first.data_set} in {first.shares} shares, {path} "
+                f"of {source.data_set} in {source.shares}",
+                required="shares of one data set, cut the same way",
+                remedy="compute all shares with the same images, --count and number of shares",
+            )
+        if source.share in shares:
+            raise InputError(
+                found=f"share {source.share}/{source.shares} in {shares[source.share][0]} and {path}",
+                required="every share once",
+                remedy="leave one of the two out",
+            )
+        shares[source.share] = (path, statistics, source)
+    wanted = next(iter(shares.values()))[2].shares
+    missing = sorted(set(range(wanted)) - shares.keys())
+    if missing:
+        raise InputError(
+            found=f"{len(shares)} of {wanted} shares",
+            required=f"also {', '.join(f'{number}/{wanted}' for number in missing[:8])}"
+            + (", …" if len(missing) > 8 else ""),
+            remedy="compute the missing shares and merge all of them at once",
+        )
+    return [shares[number][1:] for number in range(wanted)]
+
+
+def require_shape(
+    path: Path, statistics: LatentStatistics, channels: int, grid: tuple[int, int]
+) -> None:
+    """Raises InputError unless the statistics are of latents [C,h,w] of this shape."""
+    wanted = (channels, *grid)
+    if tuple(statistics.mean.shape) != wanted:
+        raise InputError(
+            found=f"{path} with statistics of shape {list(statistics.mean.shape)}",
+            required=f"shape {list(wanted)}, that of the encoder's latents",
+            remedy=_RECOMPUTE,
+        )
+
+
+def _load(path: Path, identity: StatisticsIdentity) -> tuple[LatentStatistics, dict[str, str]]:
     tensors, metadata = _read(path)
     if "count" not in metadata or not {"mean", "variance"} <= tensors.keys():
         raise InputError(
@@ -105,6 +205,7 @@ def load_statistics(path: Path, identity: StatisticsIdentity) -> LatentStatistic
         )
     wanted = identity.metadata()
     held = {name: metadata.get(name, "") for name in wanted}
+    held["treatment"] = metadata.get("treatment", "none")
     if held != wanted:
         raise InputError(
             found=f"{path} with statistics of {held}",
@@ -119,20 +220,23 @@ def load_statistics(path: Path, identity: StatisticsIdentity) -> LatentStatistic
             required="mean and variance [C,h,w], the variance not negative",
             remedy=_RECOMPUTE,
         )
-    return LatentStatistics(count, mean, variance * count)
+    return LatentStatistics(count, mean, variance * count), metadata
 
 
-def require_shape(
-    path: Path, statistics: LatentStatistics, channels: int, grid: tuple[int, int]
-) -> None:
-    """Raises InputError unless the statistics are of latents [C,h,w] of this shape."""
-    wanted = (channels, *grid)
-    if tuple(statistics.mean.shape) != wanted:
+def _source(path: Path, metadata: dict[str, str]) -> StatisticsSource:
+    fields = {"data_set", "fingerprint", "share", "shares"}
+    if not fields <= metadata.keys():
         raise InputError(
-            found=f"{path} with statistics of shape {list(statistics.mean.shape)}",
-            required=f"shape {list(wanted)}, that of the encoder's latents",
-            remedy=_RECOMPUTE,
+            found=f"{path} without {', '.join(sorted(fields - metadata.keys()))} in its metadata",
+            required="statistics of one share, as `dsr-scale stats --share i/n` writes them",
+            remedy="compute the share again",
         )
+    return StatisticsSource(
+        metadata["data_set"],
+        metadata["fingerprint"],
+        int(metadata["share"]),
+        int(metadata["shares"]),
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsr_scale.config.encoders import Dtype, VaeDecoder, VaeImage
+from dsr_scale.encoders.chunks import encode_in_chunks
 from dsr_scale.encoders.loading import load_autoencoder, require_equal
 from dsr_scale.encoders.locate import locate
 from dsr_scale.encoders.pixels import from_uint8, to_uint8
@@ -22,6 +23,7 @@ class VaeEncoder:
 
     def __init__(self, config: VaeImage, *, device: torch.device) -> None:
         self.device = device
+        self.chunk_images = config.chunk_images
         self.vae = _load(config.model, config.revision, config, config.dtype, device)
         del self.vae.decoder
         self.shift, self.scale = _affine(self.vae.config, device)
@@ -38,7 +40,13 @@ class VaeEncoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] → float32 [B,C,H/d,W/d], d the autoencoder's downsampling."""
+        """uint8 [B,3,H,W] → float32 [B,C,H/d,W/d], d the autoencoder's downsampling.
+
+        In chunks of `chunk_images`.
+        """
+        return encode_in_chunks(self._latents, images, self.chunk_images)
+
+    def _latents(self, images: Tensor) -> Tensor:
         pixels = from_uint8(images.to(self.device)).to(self.vae.dtype)
         mean = self.vae.encode(pixels).latent_dist.mode()
         return (mean.float() - self.shift) * self.scale

@@ -4,6 +4,7 @@ uint8 → [0, 1] → bicubic resize to the encoder's input size (no antialiasing
 (x − mean)/std of the checkpoint's processor → ViT → last layer norm without its weight and bias →
 patch tokens as [B,C,h,w] → whitened (docs/method.md §4). The norm's weight and bias are removed from
 the loaded network, so that its own output is what we read, whatever its family calls its layers.
+Outlier tokens are treated inside the network (`outliers.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.config.derive import latent_grid, vit_geometry
 from dsr_scale.config.encoders import EncodersConfig, VitImage
+from dsr_scale.encoders.chunks import encode_in_chunks
 from dsr_scale.encoders.loading import load_transformer, loading_errors, require_equal
 from dsr_scale.encoders.locate import Location, locate
+from dsr_scale.encoders.outliers import (
+    Treatment,
+    appends_register,
+    apply_treatment,
+    build_treatment,
+)
+from dsr_scale.encoders.register_file import encoder_identity
+from dsr_scale.encoders.vit_structure import structure_of
 from dsr_scale.encoders.whitening import load_whitening
 
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -36,7 +47,7 @@ class Family(NamedTuple):
     has_cls: bool
     """A CLS token, then registers if the config counts any, stand before the patches."""
     interpolates_on_request: bool
-    """Position embeddings fit other input sizes only when asked; DINOv2 always does it."""
+    """Position embeddings fit other input sizes only when asked; DINOv2 and 3 always do it."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -44,13 +55,14 @@ FAMILIES: dict[str, Family] = {
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm", True, False),
     "siglip": Family("SiglipVisionModel", "post_layernorm", False, True),
     "siglip_vision_model": Family("SiglipVisionModel", "post_layernorm", False, True),
+    "dinov3_vit": Family("DINOv3ViTModel", "norm", True, False),
     "vit_mae": Family("ViTMAEModel", "layernorm", True, True),
 }
 """By `model_type` of the checkpoint's config. SigLIP2 of fixed resolution calls itself siglip."""
 
 
 class VitEncoder:
-    """A frozen ViT with its preprocessing and whitening."""
+    """A frozen ViT with its preprocessing, outlier treatment and whitening."""
 
     def __init__(self, config: VitImage, *, resolution: int, device: torch.device) -> None:
         self.config = config
@@ -71,13 +83,17 @@ class VitEncoder:
         )
         require_equal("encoders.image.patch", self.geometry.patch, vit_config.patch_size, location)
         self.family = FAMILIES[vit_config.model_type]
-        self.dropped_tokens = int(self.family.has_cls) + getattr(
+        self.special_tokens = int(self.family.has_cls) + getattr(
             vit_config, "num_register_tokens", 0
         )
         self.mean, self.std = (
             part.view(1, 3, 1, 1).to(device) for part in _normalisation(location)
         )
         self.model = _load(self.family, vit_config, location, config, device)
+        self.structure = structure_of(self.model, vit_config.model_type)
+        self.treatment: Treatment | None = None
+        self._hooks: list[RemovableHandle] = []
+        self.treat(build_treatment(config.outliers, self.structure, encoder_identity(config)))
 
     @property
     def network(self) -> nn.Module | None:
@@ -89,25 +105,59 @@ class VitEncoder:
         """C, the width of the ViT's tokens."""
         return self.geometry.channels
 
+    @property
+    def register_row(self) -> int | None:
+        """Row of the token that the outlier treatment appends; None where it appends none."""
+        return self.special_tokens if appends_register(self.treatment) else None
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Rows before the patches: CLS, trained registers, the treatment's token."""
+        return self.special_tokens + appends_register(self.treatment)
+
+    @property
+    def patch_rows(self) -> slice:
+        """Rows of the patches in a sequence [B,N,C], after every block."""
+        return slice(self.dropped_tokens, None)
+
+    def treat(self, treatment: Treatment | None) -> None:
+        """Replaces the outlier treatment for good; `outliers.treated` does it for a while.
+
+        Raises InputError, and leaves the old one, when it does not fit the network.
+        """
+        hooks = apply_treatment(treatment, self.structure, self.special_tokens) if treatment else []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.treatment = hooks, treatment
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 [B,3,H,W] → float32 [B,C,h,w].
+        """uint8 [B,3,H,W] → float32 [B,C,h,w], in chunks of `chunk_images`.
 
         A bucket of other sides is scaled by the factor of the square. Raises InputError when its
         sides at the encoder are not divisible by the patch.
         """
-        h, w = latent_grid(
-            EncodersConfig(image=self.config),
-            images.shape[-2],
-            images.shape[-1],
-            self.resolution,
-        )
+        return encode_in_chunks(self._latents, images, self.config.chunk_images)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] → all tokens [B,N,C] after the last norm, in one pass without filling.
+
+        For whoever hooks the network and must see these images only. Raises as `encode`.
+        """
+        h, w = self._grid(images)
         pixels = self.preprocess(images, (h * self.geometry.patch, w * self.geometry.patch))
-        tokens = self.model(
-            pixel_values=pixels.to(self.model.dtype), **self._arguments(len(images), h * w)
-        ).last_hidden_state[:, self.dropped_tokens :]
-        latents = tokens.float().transpose(1, 2).unflatten(-1, (h, w)).contiguous()
+        arguments = self._arguments(len(images), h * w)
+        return self.model(pixel_values=pixels.to(self.model.dtype), **arguments).last_hidden_state
+
+    def _latents(self, images: Tensor) -> Tensor:
+        patches = self.tokens(images)[:, self.patch_rows].float()
+        latents = patches.transpose(1, 2).unflatten(-1, self._grid(images)).contiguous()
         return self.whitening.apply(latents) if self.whitening else latents
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        return latent_grid(EncodersConfig(image=self.config), height, width, self.resolution)
 
     def preprocess(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """uint8 [B,3,H,W] → what the ViT sees, float32 [B,3,*size]."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from dsr_scale.config.derive import latent_grid, vit_geometry
 from dsr_scale.config.encoders import EncodersConfig, VitImage
+from dsr_scale.encoders.outliers import treatment_identity
 from dsr_scale.encoders.statistics import StatisticsIdentity, load_statistics, require_shape
 
 EPSILON = 1e-5
@@ -47,6 +48,15 @@ class Whitening:
         return mean, (variance + EPSILON).sqrt()
 
 
+def statistics_identity(image: VitImage, resolution: int) -> StatisticsIdentity:
+    """What statistics of this encoder's latents must be of, for squares of `resolution` pixels.
+
+    Raises InputError when a register file that `image.outliers` names cannot be read.
+    """
+    treatment = treatment_identity(image.outliers)
+    return StatisticsIdentity(image.known_as, image.revision, resolution, treatment)
+
+
 def load_whitening(image: VitImage, *, resolution: int, device: torch.device) -> Whitening | None:
     """The whitening that `image.statistics` names; None where it names none.
 
@@ -55,8 +65,7 @@ def load_whitening(image: VitImage, *, resolution: int, device: torch.device) ->
     if image.statistics is None:
         return None
     path = Path(image.statistics).expanduser()
-    identity = StatisticsIdentity(image.known_as, image.revision, resolution)
-    statistics = load_statistics(path, identity)
+    statistics = load_statistics(path, statistics_identity(image, resolution))
     grid = latent_grid(EncodersConfig(image=image), resolution, resolution, resolution)
     require_shape(path, statistics, vit_geometry(image).channels, grid)
     return Whitening(statistics.mean, statistics.variance, device)

@@ -24,14 +24,14 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.checkpoint import directory, tensors
 from dsr_scale.config.derive import ModelShape
 from dsr_scale.config.diffusion import DiffusionConfig, SamplingConfig
-from dsr_scale.config.encoders import EncodersConfig, VitImage
+from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.config.section import Section
 from dsr_scale.config.training import ema_name
+from dsr_scale.export.encoder_files import copy_files, relocated
 from dsr_scale.model.build import build_on_meta
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "bundle.json"
-STATISTICS_FILE = "latent_statistics.safetensors"
 FORMAT = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,7 +95,7 @@ def export_run(
         shape=shape,
         diffusion=DiffusionConfig.model_validate(config["diffusion"]),
         timestep_shift=state["timestep_shift"],
-        encoders=_with_statistics(encoders, STATISTICS_FILE),
+        encoders=relocated(encoders, lambda name: name),
         sampling=SamplingConfig.model_validate(config["grid"]["sampling"]),
         provenance=Provenance(
             run_name=config["name"],
@@ -110,7 +110,7 @@ def export_run(
     load_checkpoint_weights(checkpoint, model, kind)
     # Without its description a directory is no bundle: an export cut short leaves none.
     (out / DESCRIPTION_FILE).unlink(missing_ok=True)
-    _copy_statistics(encoders, out)
+    copy_files(encoders, out)
     _write_weights(out / WEIGHTS_FILE, model.to(DTYPES[dtype]))
     atomic_files.write_json(out / DESCRIPTION_FILE, description.model_dump(mode="json"))
     return description
@@ -132,28 +132,6 @@ def _write_weights(path: Path, model: nn.Module) -> None:
             required="room for the weights, and permission to write them",
             remedy="free space or choose another directory",
         ) from error
-
-
-def _with_statistics(encoders: EncodersConfig, path: str) -> EncodersConfig:
-    """`encoders` whose latent statistics, if they have any, lie at `path`."""
-    image = encoders.image
-    if not isinstance(image, VitImage) or image.statistics is None:
-        return encoders
-    return encoders.model_copy(update={"image": image.model_copy(update={"statistics": path})})
-
-
-def _copy_statistics(encoders: EncodersConfig, out: Path) -> None:
-    image = encoders.image
-    if not isinstance(image, VitImage) or image.statistics is None:
-        return
-    source = Path(image.statistics)
-    if not source.is_file():
-        raise InputError(
-            found=f"no latent statistics at {source}",
-            required="the file the run was trained with, which its decoder needs",
-            remedy="export where that path is valid",
-        )
-    atomic_files.write_bytes(out / STATISTICS_FILE, source.read_bytes())
 
 
 def _weights_kind(weights: str, ema_decays: list[float]) -> str:
@@ -214,7 +192,7 @@ def read_description(bundle: Path) -> BundleDescription:
             required="the file as dsr-scale export wrote it",
             remedy="export the run again",
         ) from error
-    encoders = _with_statistics(description.encoders, str(bundle / STATISTICS_FILE))
+    encoders = relocated(description.encoders, lambda name: str(bundle / name))
     return description.model_copy(update={"encoders": encoders})
 
 

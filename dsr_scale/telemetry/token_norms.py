@@ -1,8 +1,7 @@
 """Norms of tokens by block: where outliers live, measured scale-free (docs/method.md §5).
 
-For each image n_i is the L2 norm of image token i of a block's output. A token is an outlier when
-n_i > med + 6·1.4826·MAD and n_i > 2·med over that image's tokens; the threshold of the paper's
-own heat-map is not published. Registers are reported apart from image tokens.
+For each image n_i is the L2 norm of image token i of a block's output; which are outliers is decided
+by `base.token_outliers`. Registers are reported apart from image tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from dsr_scale.base.token_outliers import outliers
 
 
 class Rows(Protocol):
@@ -46,7 +47,7 @@ class BlockNorms:
 
     @property
     def outlier_ratio(self) -> float:
-        """Share of image tokens that are outliers by the rule above."""
+        """Share of image tokens that are outliers by the rule of `base.token_outliers`."""
         return float(outliers(self.image_norms).float().mean())
 
     @property
@@ -55,13 +56,6 @@ class BlockNorms:
         if self.register_norms.shape[1] == 0:
             return None
         return float((self.register_norms.amax(1) / self.image_norms.median(1).values).mean())
-
-
-def outliers(norms: torch.Tensor) -> torch.Tensor:
-    """Which of [B,T] norms are outliers of their image, as a boolean [B,T]."""
-    median = norms.median(1, keepdim=True).values
-    deviation = (norms - median).abs().median(1, keepdim=True).values
-    return (norms > median + 6 * 1.4826 * deviation) & (norms > 2 * median)
 
 
 class NormProbe:

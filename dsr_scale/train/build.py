@@ -25,8 +25,7 @@ from dsr_scale.config.derive import (
 )
 from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.run import RunConfig
-from dsr_scale.data.loader import BatchStream, Samples, open_samples
-from dsr_scale.encoders.contract import build_image_encoder, build_text_encoder
+from dsr_scale.data.loader import BatchStream, Samples
 from dsr_scale.model.build import build_on_meta
 from dsr_scale.model.layers import require_flash
 from dsr_scale.parallel.assemble import assemble, make_pipeline
@@ -34,7 +33,8 @@ from dsr_scale.parallel.groups import Ranks
 from dsr_scale.parallel.start import start_zero
 from dsr_scale.parallel.zero import ZeroEngine
 from dsr_scale.train.feed import Feed
-from dsr_scale.train.objective import Encoders, FlowMatching
+from dsr_scale.train.objective import FlowMatching
+from dsr_scale.train.sources import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,13 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
         torch.backends.cudnn.allow_tf32 = run.training.precision == "tf32"
     shift = timestep_shift(run, shape)
     batches = batch_arithmetic(run, ranks.data.size)
-    samples = open_samples(run.data)
+    source = open_source(run, ranks)
     feed = Feed(
         FlowMatching(run.diffusion, shift, run.seed),
         ranks,
         batches.accumulation_steps,
-        *_reading_end(run, ranks, shape, batches, samples),
+        _stream(run, ranks, shape, batches, source),
+        source.encoders,
     )
     local = assemble(
         shape, seed=run.seed, ranks=ranks, parallel=run.parallel, training=run.training
@@ -104,17 +105,17 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
         ranks=ranks,
         accumulation_steps=batches.accumulation_steps,
     )
-    return Training(run, ranks, shape, shift, batches, samples, feed, engine)
+    return Training(run, ranks, shape, shift, batches, source.samples, feed, engine)
 
 
-def _reading_end(
-    run: RunConfig, ranks: Ranks, shape: ModelShape, batches: BatchArithmetic, samples: Samples
-) -> tuple[BatchStream, Encoders] | tuple[None, None]:
-    """Stream and encoders, on the one rank of a replica that reads."""
+def _stream(
+    run: RunConfig, ranks: Ranks, shape: ModelShape, batches: BatchArithmetic, source: Source
+) -> BatchStream | None:
+    """The batches, on the one rank of a replica that reads."""
     if not ranks.leads_replica:
-        return None, None
-    stream = BatchStream(
-        samples,
+        return None
+    return BatchStream(
+        source.samples,
         run.data,
         seed=run.seed,
         global_batch_images=batches.global_images,
@@ -124,16 +125,9 @@ def _reading_end(
         num_classes=shape.conditioning.num_classes
         if isinstance(shape.conditioning, ClassConditioning)
         else None,
+        encoder=source.rows,
+        start_method=source.start_method,
     )
-    image = build_image_encoder(
-        run.encoders.image, resolution=run.data.resolution, device=ranks.device
-    )
-    text = (
-        None
-        if shape.text_kind == "none"
-        else build_text_encoder(run.encoders.text, device=ranks.device)
-    )
-    return stream, Encoders(image, text, ranks.device)
 
 
 def empty_network(shape: ModelShape, device: torch.device) -> torch.nn.Module:

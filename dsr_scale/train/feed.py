@@ -31,6 +31,8 @@ class StepData(NamedTuple):
     """This replica's micro-batches; encoded (and sent) when one is asked for, in order, once."""
     batches: list[Batch]
     """The same as they were read; empty on ranks that do not read."""
+    failure: Exception | None
+    """Why they could not be read, where that is so; asking for an example raises it on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Feed:
                     batches = next(source)
                 except Exception as error:
                     failure = error
-            yield StepData(_Examples(self, batches, failure), batches)
+            yield StepData(_Examples(self, batches, failure), batches, failure)
 
     def close(self) -> None:
         """Ends the workers of the stream."""

@@ -27,6 +27,7 @@ from dsr_scale.parallel import groups
 from dsr_scale.telemetry.metrics import MetricsLog
 from dsr_scale.telemetry.progress import training_bar
 from dsr_scale.train import resume
+from dsr_scale.train.arrival import Arrivals, lost_elsewhere
 from dsr_scale.train.build import Training, build_training, check_before_start
 from dsr_scale.train.feed import StepData
 from dsr_scale.train.grids import TrainingGrids
@@ -38,6 +39,8 @@ from dsr_scale.train.state import RunState
 CONFIG_FILE = "config.yaml"
 
 NAMED_SAMPLES = 32
+
+OTHER_RANK = "a signal on another rank"
 
 OnStep = Callable[[int, list[Batch]], None]
 """Called after each optimizer step with its number (from 1) and the micro-batches this rank read."""
@@ -93,6 +96,11 @@ class _Loop:
         self.writer = CheckpointWriter(training.ranks.saving_group)
         self.log = self._open_log()
         self.grids = TrainingGrids.for_run(training)
+        self.arrivals = Arrivals(
+            training.feed.steps(self.state.step),
+            may_wait_long=training.run.encoder.mode == "service",
+        )
+        self.encoders_lost = False
 
     def _open_log(self) -> MetricsLog | None:
         """The first rank's log; its failure, say wandb without a key, is everyone's."""
@@ -125,11 +133,19 @@ class _Loop:
         task = bar.add_task(
             "training", total=steps, completed=self.state.step, loss="–", images_per_s="–"
         )
-        data = self.training.feed.steps(self.state.step)
         try:
             with StopRequest() as request, bar:
+                upcoming = None
+                if self.state.step < steps:
+                    upcoming = self.arrivals.next(request)
+                    asked, _ = self._agree(request)
+                    if self.encoders_lost:
+                        raise self.arrivals.lost or lost_elsewhere()
+                    if asked:
+                        stopped_by = request.signal_name or OTHER_RANK
                 while self.state.step < steps and stopped_by is None:
-                    asked = self._step(next(data), request)
+                    assert upcoming is not None
+                    asked, upcoming = self._step(upcoming, request)
                     last = self.state.step == steps
                     if asked or last or self._due(self.training.run.tracking.log_every_steps):
                         self._settle(self.outcomes.flush())
@@ -138,8 +154,11 @@ class _Loop:
                     # A grace period is for the save: it comes before the grid, which a stop skips.
                     if asked or last or self._due(self.training.run.checkpoint.every_steps):
                         self._save()
+                    if self.encoders_lost:
+                        self.writer.wait()
+                        raise self.arrivals.lost or lost_elsewhere()
                     if asked and not last:
-                        stopped_by = request.signal_name or "a signal on another rank"
+                        stopped_by = request.signal_name or OTHER_RANK
                     elif self.grids is not None and self._due(self.grids.every_steps):
                         self.grids.draw(self.state.step, self.log)
                 self.writer.wait()
@@ -147,14 +166,15 @@ class _Loop:
             self.training.feed.close()
             if self.log is not None:
                 self.log.close()
-        done = f"step {self.state.step} of {steps} saved in {self.directory}"
+        saved = f"saved in {self.directory}" if self.state.step else "and nothing to save"
+        done = f"step {self.state.step} of {steps} {saved}"
         if stopped_by is not None:
             done = f"stopped by {stopped_by}: {done}; the same command goes on from there"
         self.console.print(done, highlight=False, markup=False, soft_wrap=True)
         return Finished(self.state, stopped_by)
 
-    def _step(self, data: StepData, request: StopRequest) -> bool:
-        """One optimizer step. Returns whether any rank was asked to stop."""
+    def _step(self, data: StepData, request: StopRequest) -> tuple[bool, StepData | None]:
+        """One optimizer step: whether to save and stop after it, and the data of the next."""
         training, step = self.training, self.state.step
         loss = training.engine.forward_backward(data.examples)
         rate = learning_rate(training.run.training, step)
@@ -166,18 +186,16 @@ class _Loop:
         ]
         self._settle(self.outcomes.push(step + 1, values, samples))
         corrupt = [record for batch in data.batches for record in batch.corrupt]
-        corrupt_sum, stops, failed_saves = training.ranks.sum_on_host(
-            [float(len(corrupt)), float(request.signal_name is not None), float(self.writer.poll())]
-        )
-        if failed_saves:
-            self.writer.wait()
+        last = step + 1 == training.run.training.steps
+        upcoming = None if last else self.arrivals.next(request)
+        asked, corrupt_sum = self._agree(request, len(corrupt))
         if corrupt_sum:
             self._name_corrupt(corrupt)
         self.state = replace(
             self.state,
             step=step + 1,
             samples_seen=(step + 1) * training.batches.global_images,
-            corrupt_seen=self.state.corrupt_seen + int(corrupt_sum),
+            corrupt_seen=self.state.corrupt_seen + corrupt_sum,
         )
         self.interval.steps += 1
         check_rate(
@@ -188,7 +206,22 @@ class _Loop:
         )
         if self.on_step is not None:
             self.on_step(self.state.step, data.batches)
-        return stops > 0
+        return asked, upcoming
+
+    def _agree(self, request: StopRequest, corrupt: int = 0) -> tuple[bool, int]:
+        """What any rank knows, all know: whether to stop, and how many images were unusable."""
+        corrupt_sum, stops, failed_saves, lost = self.training.ranks.sum_on_host(
+            [
+                float(corrupt),
+                float(request.signal_name is not None),
+                float(self.writer.poll()),
+                float(self.arrivals.lost is not None),
+            ]
+        )
+        if failed_saves:
+            self.writer.wait()
+        self.encoders_lost = lost > 0
+        return stops + lost > 0, int(corrupt_sum)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Takes in what became of steps; names the samples of a skipped one, stops after too many."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dsr_scale.config.diffusion import DiffusionConfig
+from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.data.loader import Batch
 from dsr_scale.diffusion.loss import velocity_loss
 from dsr_scale.diffusion.path import add_noise, to_velocity
 from dsr_scale.diffusion.timesteps import draw_noise, draw_sample_timesteps
-from dsr_scale.encoders.contract import ImageEncoder, TextEncoder
+from dsr_scale.encoders.contract import ImageEncoder, TextEncoder, rounded
 from dsr_scale.model.conditioning import Condition
 
 
@@ -88,21 +89,31 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen encoders, on the rank of a replica that reads the data."""
+    """From a batch to latents and condition, on the rank of a replica that reads the data."""
 
-    image: ImageEncoder
+    config: EncodersConfig
+    image: ImageEncoder | None
+    """None when batches arrive encoded."""
     text: TextEncoder | None
+    """None for class conditioning; also encodes the prompts of sample grids."""
     device: torch.device
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
         """Latents [B,C,H,W] float32, and labels or encoded captions with dropped ones marked."""
-        latents = self.image.encode(batch.images.to(self.device)).float()
         null = batch.null.to(self.device)
-        if self.text is None:
-            assert batch.labels is not None
+        if batch.encoded is not None:
+            latents = batch.encoded.latents.to(self.device).float()
+            tokens, mask = batch.encoded.tokens, batch.encoded.mask
+        else:
+            assert self.image is not None and batch.images is not None
+            images = batch.images.to(self.device)
+            latents = rounded(self.image.encode(images), self.config).float()
+            text = None if self.text is None else self.text.encode(batch.captions)
+            tokens, mask = (None, None) if text is None else (text.tokens, text.mask)
+        if batch.labels is not None:
             return latents, Condition(null=null, labels=batch.labels.to(self.device))
-        text = self.text.encode(batch.captions)
+        assert tokens is not None and mask is not None
         return latents, Condition(
-            null=null, tokens=text.tokens.to(self.device), mask=text.mask.to(self.device)
+            null=null, tokens=tokens.to(self.device), mask=mask.to(self.device)
         )

@@ -6,8 +6,14 @@ for the sum of all ranks' requests and every rank stops after the same step.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
+
+
+class Interrupted(BaseException):
+    """A stop was asked for in the middle of waiting; not an error, so `except Exception` lets it pass."""
 
 
 class StopRequest:
@@ -15,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._waiting = False
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,7 +39,20 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once: for waits that may be as long as an outage."""
+        if self.signal_name is not None:
+            raise Interrupted
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
+        if self._waiting:
+            raise Interrupted
