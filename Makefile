@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Passed on to tools/quickstart.py: --short for a two-minute form.
 FLAGS ?=
-PYTEST_FLAGS ?= -n auto --maxprocesses=4 --dist loadgroup --cov --cov-report=term
+PYTEST_FLAGS ?= -m 'slow or not slow' -n auto --maxprocesses=4 --dist loadgroup --cov --cov-report=term
 
 .PHONY: install quickstart test lint clean
 

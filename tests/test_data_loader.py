@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.config.data import DataConfig
 from dsr_scale.data.captions import choose_caption, drop_condition
 from dsr_scale.data.corruption import check_rate
+from dsr_scale.data.encoded import Encoded, Row, RowEncoder
 from dsr_scale.data.loader import Batch, BatchStream, open_samples
 from dsr_scale.data.order import SampleOrder
 from dsr_scale.data.pack import pack
@@ -26,7 +28,12 @@ from dsr_scale.data.pack_unit import PackOptions
 from dsr_scale.data.samples import Caption, Sample
 from dsr_scale.data.shards import ShardStore
 from dsr_scale.data.sources import SourceOptions
-from dsr_scale.data.transforms import choose_view, cover_and_crop, decode_rgb
+from dsr_scale.data.transforms import (
+    UnreadableImage,
+    choose_view,
+    cover_and_crop,
+    decode_rgb,
+)
 
 COUNT = 30
 GLOBAL = 12
@@ -77,11 +84,18 @@ def run_steps(
     return steps
 
 
+def pixels_of(batch: Batch) -> torch.Tensor:
+    """[B,3,H,W]; `Decoding` gives pixels in the place of latents."""
+    pixels = batch.images if batch.encoded is None else batch.encoded.latents
+    assert pixels is not None
+    return pixels
+
+
 def rows(batches: list[Batch]) -> list[tuple[object, ...]]:
     """Everything a step trains on, sample by sample."""
     return [
         (
-            batch.images[i].numpy().tobytes(),
+            pixels_of(batch)[i].numpy().tobytes(),
             batch.captions[i],
             bool(batch.null[i]),
             int(batch.epochs[i]),
@@ -116,8 +130,9 @@ def test_batches_equal_a_plain_loop(packed: Path) -> None:
         )
     steps = run_steps(config, 0, 4)
     assert [each for step in steps for each in rows(step)] == expected
-    assert steps[0][0].images.dtype == torch.uint8
-    assert steps[0][0].images.shape == (3, 3, 16, 16)
+    images = pixels_of(steps[0][0])
+    assert images.dtype == torch.uint8
+    assert images.shape == (3, 3, 16, 16)
 
 
 @pytest.mark.parametrize("buckets", [(), ((16, 16), (12, 20))])
@@ -212,7 +227,9 @@ class Damaged:
         return sample
 
 
-def damaged_rows(packed: Path, workers: int, ranks: int) -> tuple[list[Any], list[Any]]:
+def damaged_rows(
+    packed: Path, workers: int, ranks: int, encoder: RowEncoder | None = None
+) -> tuple[list[Any], list[Any]]:
     config = make_config(packed, workers=workers)
     seen: list[Any] = []
     corrupt: list[Any] = []
@@ -225,6 +242,7 @@ def damaged_rows(packed: Path, workers: int, ranks: int) -> tuple[list[Any], lis
             microbatch_images=5,
             rank=rank,
             world_size=ranks,
+            encoder=encoder,
         )
         for batch in next(stream.steps(0)):
             seen += rows([batch])
@@ -249,6 +267,35 @@ def test_corrupt_images_are_named_and_replaced_alike_everywhere(packed: Path) ->
     for pixels, caption, *_, sample_id, _ in seen:
         by_id.setdefault(sample_id, set()).add((pixels, caption))
     assert all(len(looks) == 1 for looks in by_id.values())
+
+
+class Decoding:
+    """Encodes files to their pixels, as an encoder server decodes them: failures are told, not raised."""
+
+    wants_pixels = False
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    def encode(self, rows: Sequence[Row], target: tuple[int, int]) -> Encoded:
+        pixels = torch.zeros(len(rows), 3, *target, dtype=torch.uint8)
+        failures = {}
+        for place, each in enumerate(rows):
+            assert isinstance(each.image, bytes)
+            try:
+                image = decode_rgb(each.image, self.config.background, target)
+            except UnreadableImage as error:
+                failures[place] = str(error)
+            else:
+                pixels[place] = torch.from_numpy(cover_and_crop(image, target, each.view))
+        return Encoded(pixels, None, None, failures)
+
+
+def test_what_is_decoded_elsewhere_is_replaced_as_what_is_decoded_here(packed: Path) -> None:
+    here = damaged_rows(packed, workers=0, ranks=1)
+    elsewhere = Decoding(make_config(packed))
+    assert damaged_rows(packed, workers=0, ranks=1, encoder=elsewhere) == here
+    assert damaged_rows(packed, workers=2, ranks=1, encoder=elsewhere) == here
 
 
 def test_only_broken_images_end_with_an_error(packed: Path) -> None:

