@@ -133,8 +133,9 @@ def running(
     *,
     hook: Callable[[torch.Tensor], None] | None = None,
     wait: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Server]:
-    """A server of `run` on the CPU; `hook` hears of images before they are encoded."""
+    """A server of `run` on `device`; `hook` hears of images before they are encoded."""
     from dsr_scale.encode_service import serving
 
     def build(run: RunConfig, device: torch.device) -> LocalEncoders:
@@ -152,7 +153,7 @@ def running(
     async def life() -> int:
         server.stop = serving.Stop()
         listen = run.encoder.server.listen
-        return await serving.serve(run, torch.device("cpu"), listen, ready, server.stop)
+        return await serving.serve(run, torch.device(device), listen, ready, server.stop)
 
     def work() -> None:
         try:

@@ -16,7 +16,7 @@ from dsr_scale.base.boxes import Piece
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.parallel import ParallelConfig
 from dsr_scale.config.stages import pipeline_report
-from tools.bench import bubble, gpu_step, workload
+from tools.bench import bubble, workload
 from tools.bench.__main__ import BENCHMARKS, benchmark
 from tools.bench.protocol import (
     Aim,
@@ -193,6 +193,7 @@ def test_every_benchmark_runs(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_step_is_refused_without_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name.startswith("gpu_")])
+def test_gpu_benchmarks_are_refused_without_a_gpu(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no CUDA device"):
-        gpu_step.run(Settings(rounds=9, scratch=tmp_path))
+        benchmark(name).run(Settings(rounds=9, scratch=tmp_path))

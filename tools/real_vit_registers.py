@@ -8,9 +8,9 @@ things are measured, on the images of FOLDER, scaled and cropped to `--size` pix
 1. **as it is**: outliers by block, and what the search makes of them;
 2. **asked for anyway**: the search is made to go on although it finds the encoder clean, which
    tells what test-time registers cost an encoder that does not need them;
-3. **planted**: two MLP units, at a third and at two thirds of the depth, that fire on few patches are
-   made to write so strongly that these become outliers. Nothing else of the network is touched. Now it
-   is known what the search has to find and what the patches were before.
+3. **planted**: two MLP units, at a third and at two thirds of the depth, that fire on few patches
+   are made to fire so strongly that these become outliers. Nothing else of the network is touched.
+   Now it is known what the search has to find and what the patches were before.
 
 Writes `figures.md` and `maps.png`.
 """
@@ -21,13 +21,13 @@ import argparse
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dsr_scale.base.errors import InputError
@@ -58,7 +58,7 @@ PICTURED_IMAGES = 3
 
 
 class Planted(NamedTuple):
-    """An MLP unit whose output was scaled up."""
+    """An MLP unit whose positive activations are scaled up, and whose negative ones are silenced."""
 
     layer: int
     unit: int
@@ -119,22 +119,24 @@ class Study:
     def plant(self, layer: int) -> Planted:
         """Which unit of this MLP to plant, and the factor that makes its patches outliers.
 
-        The unit fires on few patches: of all, its 99.5th percentile over its median is highest.
+        The unit fires on few patches: its 99.5th percentile over its 90th is the highest of all.
         Raises InputError when even that one fires on too many patches to make outliers of them.
         """
         linear = self.encoder.structure.mlp_outputs[layer]
         rows = self.encoder.patch_rows
         seen: list[Tensor] = []
         hook = linear.register_forward_pre_hook(
-            lambda _module, inputs: seen.append(inputs[0][:, rows].abs().flatten(0, 1))
+            lambda _module, inputs: seen.append(inputs[0][:, rows].clamp(min=0).flatten(0, 1))
         )
         with removed([hook]):
             for batch in self.probes():
                 self.encoder.tokens(batch)
         sizes = torch.cat(seen)
-        strong = sizes.kthvalue(round(0.995 * len(sizes)), dim=0).values
+        strong, usual = (
+            sizes.kthvalue(round(share * len(sizes)), dim=0).values for share in (0.995, 0.9)
+        )
         # Between tiny activations ratios are large as well, and mean nothing.
-        unit = int((strong / sizes.median(dim=0).values.clamp(min=0.02)).argmax())
+        unit = int((strong / usual.clamp(min=0.02)).argmax())
         for factor in FACTORS:
             planted = Planted(layer, unit, factor)
             with self.with_planted([planted]):
@@ -150,17 +152,21 @@ class Study:
 
     @contextlib.contextmanager
     def with_planted(self, units: Sequence[Planted]) -> Iterator[None]:
-        """Inside, these units write `factor` times as strongly."""
+        """Inside, these units fire `factor` times as strongly; treatments set inside act on that."""
         linears = self.encoder.structure.mlp_outputs
-        with torch.no_grad():
-            saved = [linears[layer].weight[:, unit].clone() for layer, unit, _ in units]
-            for layer, unit, factor in units:
-                linears[layer].weight[:, unit] *= factor
-            try:
-                yield
-            finally:
-                for (layer, unit, _), column in zip(units, saved, strict=True):
-                    linears[layer].weight[:, unit] = column
+
+        def strengthen(unit: int, factor: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                inputs[0][..., unit].clamp_(min=0).mul_(factor)
+
+            return hook
+
+        hooks = [
+            linears[layer].register_forward_pre_hook(strengthen(unit, factor))
+            for layer, unit, factor in units
+        ]
+        with removed(hooks):
+            yield
 
     def norm_maps(self, images: Tensor, treatment: Treatment | None) -> Tensor:
         """Patch norms [layers,N,h,w]."""

@@ -16,7 +16,15 @@ from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from tools.bench.protocol import LEAST_ROUNDS, Settings
 from tools.bench.report import as_json, environment, print_table
 
-BENCHMARKS = ("split_cpu", "step_overhead", "checkpoint", "bubble", "gpu_step")
+BENCHMARKS = (
+    "split_cpu",
+    "step_overhead",
+    "checkpoint",
+    "bubble",
+    "encoder_service",
+    "gpu_step",
+    "gpu_encoders",
+)
 
 
 def benchmark(name: str) -> ModuleType:
@@ -38,7 +46,7 @@ def main() -> None:
     if "list" in options.names:
         for name in BENCHMARKS:
             summary = (benchmark(name).__doc__ or "").partition("\n")[0]
-            console.print(f"{name:14} {summary}", highlight=False, soft_wrap=True)
+            console.print(f"{name:15} {summary}", highlight=False, soft_wrap=True)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.names:

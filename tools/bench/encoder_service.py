@@ -14,19 +14,14 @@ would be decoded, encoded and answered together, and nothing would overlap.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
-import multiprocessing
 import os
 import socket
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,19 +29,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
 from dsr_scale.data.encoded import Row
 from dsr_scale.data.transforms import CENTRE
 from dsr_scale.encode_service.cache import open_cache
 from dsr_scale.encode_service.cache_format import COLUMNS, INDEX_NAME
 from dsr_scale.encode_service.client import ServiceClient
-from dsr_scale.encode_service.contract import served
 from dsr_scale.encode_service.decoding import decode_rows
 from dsr_scale.encode_service.fill import fill
-from dsr_scale.encode_service.local import LocalEncoders, build_local
+from dsr_scale.encode_service.local import build_local
 from dsr_scale.encode_service.memory import keep_large_blocks
-from dsr_scale.encoders.contract import build_image_encoder
 from tools.bench.protocol import (
     Aim,
     Comparison,
@@ -61,6 +52,14 @@ from tools.bench.protocol import (
 )
 from tools.bench.random_vits import Geometry, encoding_run, save_vit, vit_settings
 from tools.bench.ranks import in_own_process
+from tools.bench.service_processes import (
+    child,
+    prepared_answer,
+    send_raw,
+    serve,
+    serve_prepared,
+    timed_with,
+)
 
 CPU = torch.device("cpu")
 OVERHEAD_AIM, DECODE_AIM, DRAFT_AIM = Aim(high=1.1), Aim(low=0.85), Aim(low=3.0)
@@ -92,7 +91,7 @@ class Sizes(NamedTuple):
 
 REAL = Sizes(
     # One wide block: latents of a usual size for the time that encoding them takes.
-    vit=Geometry("one block", width=384, depth=1, heads=6, hidden=384, patch=16, side=256),
+    vit=Geometry("one block", width=320, depth=1, heads=5, hidden=320, patch=16, side=256),
     batch_images=32,
     batches=4,
     answer=(64, 1152, 16, 16),
@@ -168,7 +167,7 @@ def encode(sizes: Sizes, settings: Settings) -> Part:
         assert not failures
         return local.latents(torch.from_numpy(pixels))
 
-    with child(_serve, config) as (_, clock), ThreadPoolExecutor(2) as threads:
+    with child(serve, config) as (_, clock), ThreadPoolExecutor(2) as threads:
         contract = ServiceClient(config).agree()
         clients = [ServiceClient(config).bound_to(contract) for _ in range(2)]
 
@@ -185,8 +184,8 @@ def encode(sizes: Sizes, settings: Settings) -> Part:
         variants: dict[str, Variant] = {
             "in process": in_process,
             "in process again": in_process,
-            "one under way": lambda: _both(clock, lambda: asked(clients[:1])),
-            "two under way": lambda: _both(clock, lambda: asked(clients)),
+            "one under way": lambda: timed_with(clock, lambda: asked(clients[:1])),
+            "two under way": lambda: timed_with(clock, lambda: asked(clients)),
         }
         samples = interleave(variants, settings.rounds)
     pixels = torch.zeros(rows, 3, side, side, dtype=torch.uint8)
@@ -205,8 +204,8 @@ def transport(sizes: Sizes, settings: Settings) -> Part:
     config = encoding_run(settings.scratch, PIXELS, sizes.side, encoder={"mode": "service"})
     size = prepared_answer(sizes.answer).nbytes
     buffer = memoryview(bytearray(size))
-    serving = child(partial(_serve_prepared, sizes.answer), config)
-    with serving as (_, clock), child(_send_raw, size) as (port, raw_clock):
+    serving = child(partial(serve_prepared, sizes.answer), config)
+    with serving as (_, clock), child(send_raw, size) as (port, raw_clock):
         client = ServiceClient(config)
         client = client.bound_to(client.agree())
         assert torch.equal(client.encode(rows, (1, 1)).latents, prepared_answer(sizes.answer))
@@ -223,8 +222,8 @@ def transport(sizes: Sizes, settings: Settings) -> Part:
                 for _ in range(sizes.answers):
                     client.encode(rows, (1, 1))
 
-            raw = _rated(BYTES, sizes.answers * size, lambda: _both(raw_clock, receive))
-            ours = _rated(BYTES, sizes.answers * size, lambda: _both(clock, ask))
+            raw = _rated(BYTES, sizes.answers * size, lambda: timed_with(raw_clock, receive))
+            ours = _rated(BYTES, sizes.answers * size, lambda: timed_with(clock, ask))
             variants = {"raw socket": raw, "raw socket again": raw, "transport": ours}
             return interleave(variants, settings.rounds), {"bytes of an answer": size}
 
@@ -345,81 +344,3 @@ def _rated(metric: str, amount: int, visit: Variant) -> Variant:
         return {**sample, metric: amount / sample["wall_s"]}
 
     return rated
-
-
-def _both(clock: int, action: Callable[[], object]) -> Sample:
-    """`timed`, with the CPU time of the process of `clock` added."""
-    before_s = time.clock_gettime(clock)
-    sample = timed(action)
-    return {**sample, "cpu_s": sample["cpu_s"] + time.clock_gettime(clock) - before_s}
-
-
-@contextlib.contextmanager
-def child(work: Callable[[Any, Connection], None], argument: Any) -> Iterator[tuple[Any, int]]:
-    """A process that does `work` until the exit: what it first tells, and its CPU clock.
-
-    Spawned, for gRPC does not survive a fork. Raises the InputError that it tells.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(argument, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        message = ours.recv()
-        if isinstance(message, InputError):
-            raise message
-        clock = ctypes.c_int()
-        failed = ctypes.CDLL(None).clock_getcpuclockid(process.pid, ctypes.byref(clock))
-        assert not failed
-        yield message, clock.value
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _serve(config: RunConfig, messages: Connection) -> None:
-    from dsr_scale.encode_service.serving import run_server
-
-    torch.set_num_threads(1)
-    run_server(config, CPU, config.encoder.server.listen, messages.send)
-
-
-@dataclass(frozen=True)
-class _Prepared(LocalEncoders):
-    """Encoders that have the answer already."""
-
-    answer: torch.Tensor
-
-    def latents(self, images: torch.Tensor) -> torch.Tensor:
-        return self.answer[: len(images)]
-
-
-def prepared_answer(shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """bf16 [B,C,h,w], the same every time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-
-def _serve_prepared(
-    shape: tuple[int, int, int, int], config: RunConfig, messages: Connection
-) -> None:
-    from dsr_scale.encode_service import serving
-
-    def prepared(config: RunConfig, device: torch.device) -> LocalEncoders:
-        image = build_image_encoder(config.encoders.image, resolution=1, device=device)
-        contract = served(config, {}, device)
-        return _Prepared(config.encoders, image, None, contract, prepared_answer(shape))
-
-    serving.build_local = prepared
-    _serve(config, messages)
-
-
-def _send_raw(size: int, messages: Connection) -> None:
-    # Random, since the kernel has but one page for all that is zero and never written.
-    content = os.urandom(size)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        messages.send(server.getsockname()[1])
-        connection, _ = server.accept()
-        with connection:
-            while connection.recv(1):
-                connection.sendall(content)

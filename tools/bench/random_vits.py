@@ -42,7 +42,8 @@ def save_vit(directory: Path, geometry: Geometry, dtype: torch.dtype = torch.flo
         image_size=geometry.side,
         vision_use_head=False,
     )
-    transformers.SiglipVisionModel(config).to(dtype).save_pretrained(directory)
+    model: Any = transformers.SiglipVisionModel(config)
+    model.to(dtype).save_pretrained(directory)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (directory / "preprocessor_config.json").write_text(json.dumps(processor))
 
