@@ -87,7 +87,9 @@ def soak(
         started_s = time.monotonic()
         while time.monotonic() - started_s < seconds:
             time.sleep(kill_every_s)
-            running = [entry.process for _, entry in entries_in(registry)]
+            # A killed server stands in the registry until its successor sweeps up.
+            registered = [entry.process for _, entry in entries_in(registry)]
+            running = [process for process in registered if Path(f"/proc/{process}").exists()]
             if running:
                 os.kill(draw.choice(running), signal.SIGKILL)
                 kills += 1
@@ -112,7 +114,7 @@ def soak(
     return Report(elapsed_s, servers, clients, kills, total, wrong)
 
 
-def read_until(config: Path, rank: int, world: int, file: Path, stop: Event) -> None:  # type: ignore[valid-type]
+def read_until(config: Path, rank: int, world: int, file: Path, stop: Event) -> None:
     """A client: reads until `stop`, then writes its hashes as the last line of `file`."""
     hashes: list[str] = []
     for digest in stream_hashes(config, rank, world, through_service=True):
