@@ -32,6 +32,7 @@ from dsr_scale.config.run import RunConfig
 from dsr_scale.data.encoded import Encoded, Row
 from dsr_scale.data.transforms import CENTRE, View, cover_and_crop, decode_rgb
 from dsr_scale.encode_service import wire
+from dsr_scale.encode_service.answers import expected_answer
 from dsr_scale.encode_service.local import LocalEncoders, build_local
 
 TIMEOUT_S = 20.0
@@ -70,8 +71,12 @@ class HookedImages:
     before: Callable[[torch.Tensor], None]
 
     @property
-    def network(self) -> None:
-        return None
+    def network(self) -> torch.nn.Module | None:
+        return self.inner.network
+
+    @property
+    def files_digest(self) -> str | None:
+        return self.inner.files_digest
 
     @property
     def channels(self) -> int:
@@ -215,10 +220,14 @@ def ask(channel: Any, messages: Iterable[bytes], metadata: Any = ()) -> list[byt
         call.close()
 
 
-def encode(channel: Any, request: wire.EncodeRequest, metadata: Any = ()) -> Encoded:
-    """The answer to `request`."""
+def encode(
+    channel: Any, run: RunConfig, request: wire.EncodeRequest, metadata: Any = ()
+) -> Encoded:
+    """The answer of a server of `run` to `request`."""
     replies = ask(channel, request.chunks(), metadata)
-    return wire.receive_reply(replies, request.contract, len(request.rows), padding=256)
+    return wire.receive_reply(
+        replies, request.contract, len(request.rows), expected_answer(run, request.target)
+    )
 
 
 def refusal(work: Callable[[], Any]) -> tuple[str, str]:

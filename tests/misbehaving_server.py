@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +27,13 @@ def right(answer: list[bytes]) -> Iterator[bytes]:
 
 
 def late(answer: list[bytes]) -> Iterator[bytes]:
-    time.sleep(3)
+    time.sleep(1)
     yield from answer
 
 
 def stalling(answer: list[bytes]) -> Iterator[bytes]:
     yield answer[0]
-    time.sleep(3)
+    time.sleep(1)
 
 
 def dropping(answer: list[bytes]) -> Iterator[bytes]:
@@ -80,6 +81,49 @@ def fewer(answer: list[bytes]) -> Iterator[bytes]:
         "latents": {**header["latents"], "shape": [rows - 1, *rest]},
     }
     yield from wire.chunks({**header, "failures": {}}, [payload[size:]])
+
+
+def reshaping(answer: list[bytes]) -> Iterator[bytes]:
+    """The right bytes as latents of another shape."""
+    header, payload = wire.receive(answer, 1 << 30)
+    rows, *sizes = header["latents"]["shape"]
+    header["latents"]["shape"] = [rows, *reversed(sizes)]
+    yield from wire.chunks(header, [payload])
+
+
+def retyping(answer: list[bytes]) -> Iterator[bytes]:
+    """As many latents in half precision, which is no precision of any run."""
+    header, payload = wire.receive(answer, 1 << 30)
+    size = 2 * math.prod(header["latents"]["shape"])
+    header["latents"]["dtype"] = "fp16"
+    yield from wire.chunks(header, [payload[:size], payload[2 * size :]])
+
+
+def tiny(answer: list[bytes]) -> Iterator[bytes]:
+    """Latents that another encoder would give."""
+    header, payload = wire.receive(answer, 1 << 30)
+    rows, *_ = header["latents"]["shape"]
+    size = 4 * math.prod(header["latents"]["shape"])
+    header["latents"]["shape"] = [rows, 7, 3, 5]
+    yield from wire.chunks(header, [payload[: rows * 420], payload[size:]])
+
+
+def mute(answer: list[bytes]) -> Iterator[bytes]:
+    """Without the captions' tokens."""
+    header, payload = wire.receive(answer, 1 << 30)
+    size = 4 * math.prod(header["latents"]["shape"])
+    kept = {name: header[name] for name in ("contract", "latents", "failures")}
+    yield from wire.chunks(kept, [payload[:size]])
+
+
+def padded(answer: list[bytes]) -> Iterator[bytes]:
+    """Ids as a caption of more tokens than there is room for."""
+    header, payload = wire.receive(answer, 1 << 30)
+    ids = bytes(2 * 5000 * len(header["lengths"]))
+    header["lengths"] = [5000] * len(header["lengths"])
+    size = 4 * math.prod(header["latents"]["shape"])
+    header["tokens"]["shape"] = [len(ids) // 2]
+    yield from wire.chunks(header, [payload[:size], ids])
 
 
 class Misbehaving:

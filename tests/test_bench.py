@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from dsr_scale.base.boxes import Piece
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.parallel import ParallelConfig
 from dsr_scale.config.stages import pipeline_report
-from tools.bench import bubble, workload
+from tools.bench import bubble, latent_sources, workload
 from tools.bench.__main__ import BENCHMARKS, benchmark
 from tools.bench.protocol import (
     Aim,
@@ -178,6 +181,28 @@ def test_bubble_formula(layout: bubble.Layout) -> None:
     shares = bubble._idle({"slept_s": busy_s - 1, "worked_s": 1.0, "wall_s": 10.0})
     assert shares[bubble.IDLE] == pytest.approx(layout.formula)
     assert shares[bubble.NOT_ASLEEP] == pytest.approx(layout.formula + 1 / 20)
+
+
+def test_cpu_time_is_that_of_all_processes_at_rest() -> None:
+    work = "import time\nwhile time.process_time() < 0.6: pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE) as process:
+        clock = latent_sources._cpu_clock(process.pid)
+        before_s = time.process_time()
+        both_s = latent_sources._cpu_at_rest_s([clock])
+        assert both_s - before_s >= 0.6
+        assert both_s == pytest.approx(time.clock_gettime(clock) + time.process_time(), abs=0.05)
+        process.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "metric", "high"), [(0, "cpu_s", 1.1), (1, "wall_s", 1.1), (2, "wall_s", 1)]
+)
+def test_a_server_is_to_be_no_slower_where_it_has_a_device(
+    gpus: int, metric: str, high: float
+) -> None:
+    aims = {(each.name, each.metric): each.aim for each in latent_sources._comparisons(gpus)}
+    assert {key for key, aim in aims.items() if aim} == {("cache", metric), ("service", metric)}
+    assert aims["service", metric] == Aim(high=high)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

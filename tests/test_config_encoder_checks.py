@@ -58,13 +58,13 @@ CASES: dict[str, tuple[list[str], str, str, list[str]]] = {
     ),
     "cached random crops": (
         [*CACHE, "data.crop=random"],
-        "encoder.mode = cache, data.crop = random",
+        "a latent cache with data.crop = random",
         "data.crop to center",
         ["data.crop=center"],
     ),
     "cached buckets": (
         [*CACHE, "data.buckets=[[64, 64], [128, 32]]"],
-        "encoder.mode = cache, 2 data.buckets",
+        "a latent cache with 2 data.buckets",
         "encoder.mode to inline or service",
         ["encoder.mode=service"],
     ),

@@ -13,7 +13,9 @@ from PIL import Image
 from dsr_scale.data.captions import choose_caption, drop_condition
 from dsr_scale.data.samples import Caption
 from dsr_scale.data.transforms import (
+    FORMATS,
     UnreadableImage,
+    View,
     choose_view,
     cover_and_crop,
     decode_rgb,
@@ -135,6 +137,33 @@ def test_broken_bytes_are_unreadable(data: bytes) -> None:
     for read in (verified_size, lambda data: decode_rgb(data, WHITE)):
         with pytest.raises(UnreadableImage):
             read(data)
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "EPS", "PDF"])
+def test_formats_that_no_server_decodes_are_decoded_nowhere(kind: str) -> None:
+    data = stored(Image.fromarray(picture(1)), kind)
+    for read in (
+        image_size,
+        verified_size,
+        lambda data: decode_rgb(data, WHITE),
+        lambda data: reencode_image(data, format="jpeg", quality=90),
+    ):
+        with pytest.raises(UnreadableImage, match="known format"):
+            read(data)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_every_listed_format_is_decoded(kind: str) -> None:
+    pixels = np.full((24, 32, 3), (200, 30, 90), dtype=np.uint8)
+    data = stored(Image.fromarray(pixels), kind)
+    assert image_size(data) == verified_size(data) == (24, 32)
+    image = decode_rgb(data, WHITE)
+    # GIF has the nearest colour of a palette, JPEG and its like a colour nearby.
+    assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 8
+    cropped = cover_and_crop(image, (24, 32))
+    np.testing.assert_array_equal(cropped, np.asarray(image).transpose(2, 0, 1))
+    mirrored = cover_and_crop(image, (24, 32), View(mirrored=True))
+    np.testing.assert_array_equal(mirrored, cropped[:, :, ::-1])
 
 
 def test_floating_point_pixels_are_refused() -> None:

@@ -24,6 +24,7 @@ from dsr_scale.data.samples import Samples
 from dsr_scale.data.shards import _reader_from_json
 from dsr_scale.data.transforms import CENTRE, View, choose_view
 from dsr_scale.encode_service.cache import null_caption, open_cache
+from dsr_scale.encode_service.cache_format import read_manifest
 from dsr_scale.encode_service.local import build_local
 
 
@@ -222,7 +223,10 @@ def test_the_shards_are_plain_mds(filled: Path) -> None:
         ({"data": {"background": [0, 0, 0]}}, ["background is (255, 255, 255), wanted (0, 0, 0)"]),
         ({"data": {"shards": "package:emoji", "max_samples": 9}}, ["the data is", "(9 samples)"]),
         ({"data": {"crop": "random"}}, ["crop", "the same in every epoch"]),
-        ({"data": {"buckets": [[16, 16], [16, 32]]}}, ["2 sizes", "left over from their bucket"]),
+        (
+            {"data": {"buckets": [[16, 16], [16, 32]]}},
+            ["2 data.buckets", "left over from their bucket"],
+        ),
         ({"encoders": {"text": {"kind": "none"}}}, ["text.kind is bytes, wanted none"]),
     ],
 )
@@ -275,8 +279,8 @@ def test_an_unfinished_cache_says_how_to_finish_it(
     with pytest.raises(InputError, match="1 of 5 units are missing") as refused:
         open_cache(run)
     assert f"dsr-scale encode {packed} {tmp_path / 'cache'} --config" in refused.value.remedy
-    with pytest.raises(InputError, match=r"without encoder\.cache"):
-        open_cache(make_run(packed))
+    with pytest.raises(InputError, match=r"no encoder\.cache"):
+        open_cache(make_run(packed, encoder={"mode": "cache"}))
 
 
 def _flip(position: int) -> Callable[[bytes], bytes]:
@@ -326,7 +330,7 @@ def test_damage_is_found_and_named_and_one_unit_repaired(
     assert str(shard) in refused.value.found and "dsr-scale encode" in refused.value.remedy
     shutil.rmtree(shard.parent)
     with pytest.raises(InputError, match="cannot be read"):
-        open_cache(run)
+        _look_up_all(*open_cache(run), 7)
     assert fill_cache(make_run(packed), out).images == 7
     assert shard.read_bytes() == whole
     _look_up_all(*open_cache(run), 7)
@@ -342,7 +346,7 @@ def _look_up_all(samples: Any, rows: Any, sample_id: int) -> None:
     rows.encode(wanted, (16, 16))
 
 
-def test_cut_files_and_broken_tables_are_refused_when_opened(
+def test_cut_shards_are_refused_when_read_or_filled_again_and_broken_tables_when_opened(
     packed: Path, filled: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
@@ -351,8 +355,16 @@ def test_cut_files_and_broken_tables_are_refused_when_opened(
     shard = out / "unit-00001" / "shard.00000.mds"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(InputError, match=f"{len(whole) - 1} bytes instead of {len(whole)}"):
-        open_cache(run)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    first = manifest.shard_sizes[0]
+    says = f"{len(whole) - 1} bytes instead of {len(whole)}"
+    samples, rows = open_cache(run)
+    _look_up_all(samples, rows, first - 1)
+    with pytest.raises(InputError, match=says):
+        samples.read(first)
+    with pytest.raises(InputError, match=says):
+        fill_cache(make_run(packed), out)
     shard.write_bytes(whole)
     for name in ("index.json", "cache.json"):
         content = (out / name).read_bytes()

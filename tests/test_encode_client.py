@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,21 @@ from misbehaving_server import (
     huge,
     late,
     misbehaving,
+    mute,
+    padded,
     reordering,
+    reshaping,
+    retyping,
     right,
     silent,
     stalling,
+    tiny,
     truncating,
 )
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.run import RunConfig
-from dsr_scale.data.encoded import EncodersLost, Row
+from dsr_scale.data.encoded import Encoded, EncodersLost, Row
 from dsr_scale.data.transforms import CENTRE
 from dsr_scale.encode_service.client import ServiceClient
 from dsr_scale.encode_service.local import build_local
@@ -55,6 +61,11 @@ FAULTS: tuple[Misbehaviour, ...] = (
     silent,
     huge,
     fewer,
+    reshaping,
+    retyping,
+    tiny,
+    mute,
+    padded,
     late,
     stalling,
 )
@@ -97,7 +108,7 @@ def test_every_fault_of_one_server_is_made_good_by_another(tmp_path: Path) -> No
     wanted = locally(run, rows)
     for fault in FAULTS:
         with misbehaving(run, fault) as bad, misbehaving(run) as good:
-            patience = {"request_timeout_s": 0.7} if fault in (late, stalling) else {}
+            patience = {"request_timeout_s": 0.3} if fault in (late, stalling) else {}
             client = agreed(asking(run, bad.address, good.address, **patience))
             for _ in range(4):
                 assert_same(client.encode(rows, TARGET), wanted)
@@ -138,31 +149,59 @@ def test_all_servers_must_have_the_weights_of_the_first(tmp_path: Path) -> None:
             ServiceClient(alone, bound.contract, speaks=False).encode(file_rows(1), TARGET)
 
 
+def ask_at_once(client: ServiceClient, rows: list[Row], count: int) -> list[Future[Encoded]]:
+    """As that many data workers would."""
+    pool = ThreadPoolExecutor(count)
+    workers = [pickle.loads(pickle.dumps(client)) for _ in range(count)]
+    return [pool.submit(worker.encode, rows, TARGET) for worker in workers]
+
+
 @apart
-def test_full_servers_are_waited_for_and_others_used(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "encoder.server.credits=1", "encoder.give_up_after_s=0.5")
-    gate = Gate()
-    rows = file_rows(2)
+def test_full_servers_are_waited_for(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "encoder.server.credits=1")
+    gate, rows = Gate(), file_rows(2)
     with running(run, hook=gate) as full:
         client = agreed(run)
-        answers: list[object] = []
-
-        def ask() -> None:
-            answers.append(pickle.loads(pickle.dumps(client)).encode(rows, TARGET))
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
+        answers = ask_at_once(client, rows, 3)
         assert gate.arrived.acquire(timeout=20)
-        # The others are told that it is full, which is no outage however long it lasts.
-        time.sleep(1.5)
-        assert full.outcomes("busy") >= 1
-        assert not answers
+        deadline_s = time.monotonic() + 20
+        while not full.outcomes("busy"):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        assert not any(answer.done() for answer in answers)
         gate.open()
-        for thread in threads:
-            thread.join(20)
-        assert len(answers) == 3
+        for answer in answers:
+            assert_same(answer.result(20), locally(run, rows))
         client.close()
+
+
+@apart
+def test_a_server_that_is_full_for_ever_is_given_up_in_time(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "encoder.server.credits=1", "encoder.give_up_after_s=2.5")
+    gate = Gate()
+    with running(run, hook=gate):
+        client = agreed(run)
+        started_s = time.monotonic()
+        answers = ask_at_once(client, file_rows(2), 3)
+        for answer in answers:
+            with pytest.raises(EncodersLost):
+                answer.result(20)
+        assert time.monotonic() - started_s < 6
+        gate.open()
+        client.close()
+
+
+@apart
+def test_a_server_that_hangs_is_avoided_while_there_is_another(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "encoder.request_timeout_s=0.3")
+    with misbehaving(run, late) as hanging, misbehaving(run) as good:
+        client = agreed(asking(run, hanging.address, good.address))
+        for _ in range(40):
+            client.encode(file_rows(1), TARGET)
+            time.sleep(0.02)
+        client.close()
+        assert good.asked == 40
+        assert hanging.asked == 1
 
 
 @apart

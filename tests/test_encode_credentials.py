@@ -96,7 +96,18 @@ def test_without_credentials_a_client_is_told_what_to_do(tmp_path: Path) -> None
         credentials.open_channel("node-1:7070", run)
     with pytest.raises(InputError, match="host:port"):
         credentials.open_channel("node-1", run)
-    assert credentials.call_metadata(run) == ()
+    with pytest.raises(InputError, match="start dsr-scale serve"):
+        credentials.call_metadata("node-1:7070", run)
+
+
+def test_the_token_goes_only_where_it_is_encrypted(tmp_path: Path) -> None:
+    run, plain = tiny_run(tmp_path), tiny_run(tmp_path, "encoder.plain=true")
+    made = credentials.ensure_credentials(credentials.credentials_directory(run))
+    sent = ((wire.TOKEN_METADATA, f"Bearer {made.token}"),)
+    assert credentials.call_metadata("node-1:7070", run) == sent
+    assert credentials.call_metadata("node-1:7070", plain) == ()
+    for loopback in ("127.0.0.1:7070", "[::1]:7070", "localhost:7070"):
+        assert credentials.call_metadata(loopback, run) == ()
 
 
 def test_where_guards_stand(tmp_path: Path) -> None:
@@ -121,11 +132,11 @@ def test_strangers_stay_outside_and_members_are_served(tmp_path: Path) -> None:
     with running(run) as server:
         address = server.ready.address
         request = wire.EncodeRequest(server.ready.fingerprint, (32, 32), tuple(file_rows(2)))
-        token = credentials.call_metadata(run)
+        token = credentials.call_metadata(address, run)
         with credentials.open_channel(address, run) as channel:
-            served = encode(channel, request, token)
+            served = encode(channel, run, request, token)
             describe = channel.unary_unary(f"/{wire.SERVICE}/{wire.DESCRIBE}")
-            for metadata in ((), credentials.call_metadata(stranger)):
+            for metadata in ((), credentials.call_metadata(address, stranger)):
                 for call in (
                     lambda metadata=metadata: ask(channel, request.chunks(), metadata),
                     lambda metadata=metadata: describe(b"", metadata=metadata, timeout=TIMEOUT_S),
@@ -143,7 +154,7 @@ def test_strangers_stay_outside_and_members_are_served(tmp_path: Path) -> None:
                 status, _ = refusal(lambda c=channel: ask(c, request.chunks(), token))
                 assert status == "UNAVAILABLE"
         with credentials.open_channel(address, run) as channel:
-            assert_same(encode(channel, request, token), served)
+            assert_same(encode(channel, run, request, token), served)
 
 
 @apart
@@ -154,5 +165,6 @@ def test_plain_means_neither_token_nor_tls(tmp_path: Path) -> None:
         credentials.open_channel(server.ready.address, run) as channel,
     ):
         request = wire.EncodeRequest(server.ready.fingerprint, (32, 32), tuple(file_rows(1)))
-        assert len(encode(channel, request, credentials.call_metadata(run)).latents) == 1
+        token = credentials.call_metadata(server.ready.address, run)
+        assert len(encode(channel, run, request, token).latents) == 1
         assert not credentials.credentials_directory(run).exists()

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from dsr_scale.base.errors import InputError
 from dsr_scale.cli.main import app
 from dsr_scale.config.load import dump_run
+from dsr_scale.data.shares import Share
 from dsr_scale.encode_service import fill as filling
 from dsr_scale.encode_service import fill_unit
 from dsr_scale.encode_service.cache import open_cache
-from dsr_scale.encode_service.fill import FillProgress, Share
+from dsr_scale.encode_service.fill import FillProgress
 
 UNITS = 5
 FORK = multiprocessing.get_context("fork")
@@ -143,8 +144,8 @@ def test_a_failing_encoder_leaves_finished_units_and_nothing_else(
         ({"data": {"resolution": 32}}, "resolution is 16, wanted 32"),
         ({"data": {"max_samples": 9}}, r"the data is .* \(30 samples\), wanted .* \(9 samples\)"),
         ({"encoders": {"latent_dtype": "bf16"}}, "latent_dtype is fp32, wanted bf16"),
-        ({"data": {"crop": "random"}}, "crop = random .* the same in every epoch"),
-        ({"data": {"buckets": [[16, 16]]}}, "1 sizes, .* left over from their bucket"),
+        ({"data": {"crop": "random"}}, "crop = random.*the same in every epoch"),
+        ({"data": {"buckets": [[16, 16]]}}, "1 data.buckets.*left over from their bucket"),
     ],
 )
 def test_it_is_not_filled_from_something_else(

@@ -152,7 +152,7 @@ def test_damaged_messages_through_grpc(tmp_path: Path) -> None:
         valid = requests(server.ready.fingerprint)
         rows = tuple(file_rows(3))
         good = wire.EncodeRequest(server.ready.fingerprint, (32, 32), rows)
-        expected = encode(channel, good)
+        expected = encode(channel, run, good)
         ends: Counter[str] = Counter()
         settled = 0.0
         for number in range(THROUGH_GRPC):
@@ -167,4 +167,4 @@ def test_damaged_messages_through_grpc(tmp_path: Path) -> None:
         assert min(ends["OK"], ends["INVALID_ARGUMENT"]) > THROUGH_GRPC // 20, ends
         assert resident_bytes() - settled < LARGEST_GROWTH_BYTES
         assert server.value("credits_in_use") == 0
-        assert_same(encode(channel, good), expected)
+        assert_same(encode(channel, run, good), expected)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from fake_encoders import tiny_run
@@ -46,10 +47,11 @@ def test_a_server_stands_in_the_registry_while_it_runs(tmp_path: Path) -> None:
         registry.announced(directory, "[::1]:70", "[::1]:71"),
     ):
         assert registry.servers_in(directory) == ["[::1]:70", "node-1:70"]
-        assert sorted(path.name for path in directory.iterdir()) == [
-            "__1-70.json",
-            "node-1-70.json",
-        ]
+        machine = socket.gethostname()
+        assert {path.name for path in directory.iterdir()} == {
+            f"{machine}-__1-70.json",
+            f"{machine}-node-1-70.json",
+        }
     assert list(directory.iterdir()) == []
     elsewhere = tiny_run(tmp_path, f"encoder.registry={tmp_path / 'shared'}")
     assert registry.registry_directory(elsewhere) == tmp_path / "shared"
@@ -88,6 +90,20 @@ def test_entries_of_dead_processes_of_this_machine_are_swept_up(tmp_path: Path) 
         with registry.announced(tmp_path, "127.0.0.1:3", "127.0.0.1:4"):
             assert not any(path.exists() for path in gone)
             assert all(path.exists() for path in kept)
+
+
+def test_loopback_servers_of_machines_that_share_a_disk_stay_apart(tmp_path: Path) -> None:
+    with registry.announced(tmp_path, "127.0.0.1:5", "127.0.0.1:6") as ours:
+        with (
+            mock.patch.object(socket, "gethostname", return_value="another"),
+            registry.announced(tmp_path, "127.0.0.1:5", "127.0.0.1:6"),
+        ):
+            assert len(list(tmp_path.iterdir())) == 2
+            write_entry(tmp_path, "theirs", machine="another", address="127.0.0.1:7")
+            write_entry(tmp_path, "open", machine="another", address="node:8")
+            assert registry.servers_in(tmp_path) == ["127.0.0.1:5", "127.0.0.1:7", "node:8"]
+        assert registry.servers_in(tmp_path) == ["127.0.0.1:5", "node:8"]
+        assert ours.exists()
 
 
 def test_a_successor_on_the_same_port_keeps_its_entry(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,15 +77,24 @@ def health_of(channel) -> str:
     return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
 
 
+def watched_health(channel) -> Iterator[str]:
+    """Each status as it changes."""
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S):
+        yield health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
 @apart
 def test_served_is_local_bit_for_bit(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "encoder.server.batch_images=4")
     with running(run) as server, open_channel(server.ready.address, run) as channel:
         for rows in (file_rows(6), as_pixels(file_rows(6), run, TARGET), file_rows(1)):
-            assert_same(encode(channel, request_of(server, rows)), locally(run, rows))
+            assert_same(encode(channel, run, request_of(server, rows)), locally(run, rows))
         wide = (24, 48)
         rows = file_rows(3)
-        assert_same(encode(channel, request_of(server, rows, wide)), locally(run, rows, wide))
+        assert_same(encode(channel, run, request_of(server, rows, wide)), locally(run, rows, wide))
         describe = channel.unary_unary(f"/{wire.SERVICE}/{wire.DESCRIBE}")
         contract = Contract.from_json(describe(b"", timeout=TIMEOUT_S))
         assert contract == build_local(run, torch.device("cpu")).contract
@@ -98,7 +111,7 @@ def test_answers_of_several_chunks_and_without_text(tmp_path: Path) -> None:
     target = (512, 512)
     with running(run) as server, open_channel(server.ready.address, run) as channel:
         rows = file_rows(8)
-        served = encode(channel, request_of(server, rows, target))
+        served = encode(channel, run, request_of(server, rows, target))
         assert served.latents.nbytes > 2 * wire.CHUNK_BYTES
         assert_same(served, locally(run, rows, target))
 
@@ -114,7 +127,7 @@ def test_requests_that_wait_are_encoded_together(tmp_path: Path) -> None:
 
         def one(number: int):
             request = request_of(server, asked[number], targets[number])
-            return encode(channel, request)
+            return encode(channel, run, request)
 
         with ThreadPoolExecutor(6) as pool:
             first = pool.submit(one, 0)
@@ -141,7 +154,7 @@ def test_a_request_larger_than_a_batch_is_encoded_in_parts(tmp_path: Path) -> No
     hook = lambda images: seen.append(len(images))  # noqa: E731
     with running(run, hook=hook) as server, open_channel(server.ready.address, run) as channel:
         rows = file_rows(10)
-        assert_same(encode(channel, request_of(server, rows)), locally(run, rows))
+        assert_same(encode(channel, run, request_of(server, rows)), locally(run, rows))
         assert seen == [1, 4, 4, 2]
 
 
@@ -157,12 +170,12 @@ def test_an_image_that_cannot_be_decoded_fails_alone(tmp_path: Path) -> None:
         0: (b"", "not an image"),
         2: (picture(2)[:-200], "OSError"),
         3: (bytes(bomb), "DecompressionBomb"),
-        4: (script, "format EPS"),
+        4: (script, "known format"),
     }
     for number, (data, _) in bad.items():
         rows[number] = rows[number]._replace(image=data)
     with running(run) as server, open_channel(server.ready.address, run) as channel:
-        served = encode(channel, request_of(server, rows))
+        served = encode(channel, run, request_of(server, rows))
         assert set(served.failures) == set(bad)
         for number, (_, reason) in bad.items():
             assert reason in served.failures[number]
@@ -207,7 +220,7 @@ def test_what_is_wrong_gets_an_error_and_the_next_request_an_answer(tmp_path: Pa
             if status:
                 got = refusal(lambda messages=messages: ask(channel, messages))
                 assert got[0] == status and text in got[1], got
-            assert_same(encode(channel, good), local)
+            assert_same(encode(channel, run, good), local)
         call = Call(channel)
         call.send([b"hello?"])
         assert refusal(lambda: next(call.replies))[0] == "INVALID_ARGUMENT"
@@ -217,7 +230,7 @@ def test_what_is_wrong_gets_an_error_and_the_next_request_an_answer(tmp_path: Pa
         giant.send([bytes(4 << 20)])  # within gRPC's limit, beyond ours
         assert refusal(lambda: next(giant.replies))[0] == "INVALID_ARGUMENT"
         giant.close()
-        assert_same(encode(channel, good), local)
+        assert_same(encode(channel, run, good), local)
         assert server.outcomes("contract") == 1
         assert server.outcomes("invalid") == 1
         assert server.outcomes("malformed") == 9
@@ -252,14 +265,16 @@ def test_no_more_requests_are_inside_than_there_are_credits(tmp_path: Path) -> N
 
 @apart
 def test_clients_that_stall_lose_their_credit(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "encoder.server.credits=1", "encoder.request_timeout_s=0.4")
+    settings = ("encoder.server.credits=1", "encoder.request_timeout_s=0.4")
+    # The device is watched by the same time, and 64 large images take a while.
+    run = tiny_run(tmp_path, *settings, "encoder.server.batch_images=4")
     with running(run) as server, open_channel(server.ready.address, run) as channel:
         request = request_of(server, file_rows(3))
         sending = Call(channel)
         sending.credit()
         sending.send(list(request.chunks())[:2])
         # The next one waits for the credit of the first.
-        assert_same(encode(channel, request), locally(run, list(request.rows)))
+        assert_same(encode(channel, run, request), locally(run, list(request.rows)))
         status, text = refusal(lambda: next(sending.replies))
         assert status == "DEADLINE_EXCEEDED" and "not finished after 0.4 s" in text
         sending.close()
@@ -269,6 +284,10 @@ def test_clients_that_stall_lose_their_credit(tmp_path: Path) -> None:
         reading.finish()  # and never reads the 50 MB it asked for
         until(lambda: server.outcomes("late") == 2)
         assert server.value("credits_in_use") == 0
+        # And its client hears of that, should it ever read on.
+        started_s = time.monotonic()
+        assert refusal(lambda: list(reading.replies))[0] in ("DEADLINE_EXCEEDED", "CANCELLED")
+        assert time.monotonic() - started_s < 5
         reading.close()
 
 
@@ -281,7 +300,7 @@ def test_a_client_that_goes_away_takes_its_work_along(tmp_path: Path) -> None:
         open_channel(server.ready.address, run) as channel,
         ThreadPoolExecutor(1) as pool,
     ):
-        kept = pool.submit(encode, channel, request_of(server, file_rows(2)))
+        kept = pool.submit(encode, channel, run, request_of(server, file_rows(2)))
         assert gate.arrived.acquire(timeout=TIMEOUT_S)
         leaving = Call(channel)
         leaving.credit()
@@ -291,7 +310,7 @@ def test_a_client_that_goes_away_takes_its_work_along(tmp_path: Path) -> None:
         until(lambda: server.outcomes("gone") == 1)
         gate.open()
         kept.result(TIMEOUT_S)
-        encode(channel, request_of(server, file_rows(1)))
+        encode(channel, run, request_of(server, file_rows(1)))
         assert gate.seen == [1, 2, 1]
 
 
@@ -310,8 +329,8 @@ def test_a_failure_hits_only_the_request_that_caused_it(tmp_path: Path) -> None:
     ):
         white = Row(-1, np.full((3, 32, 32), 255, np.uint8), CENTRE, "")
         rows = file_rows(2)
-        good = pool.submit(encode, channel, request_of(server, rows))
-        status, text = refusal(lambda: encode(channel, request_of(server, [white])))
+        good = pool.submit(encode, channel, run, request_of(server, rows))
+        status, text = refusal(lambda: encode(channel, run, request_of(server, [white])))
         assert status == "INTERNAL" and "white is not supported" in text
         assert_same(good.result(TIMEOUT_S), locally(run, rows))
 
@@ -329,10 +348,36 @@ def test_a_broken_device_ends_the_server(tmp_path: Path) -> None:
 
     with running(run, hook=breaks) as server, open_channel(server.ready.address, run) as channel:
         broken.set()
-        status, text = refusal(lambda: encode(channel, request_of(server, file_rows(1))))
+        status, text = refusal(lambda: encode(channel, run, request_of(server, file_rows(1))))
         assert status in ("INTERNAL", "UNAVAILABLE"), text
         assert server.ended.result(TIMEOUT_S) == BROKEN_DEVICE
         assert servers_in(registry_directory(run)) == []
+
+
+@apart
+def test_a_device_that_hangs_ends_the_server(tmp_path: Path) -> None:
+    from dsr_scale.encode_service import serving
+
+    run = tiny_run(tmp_path, "encoder.request_timeout_s=0.3")
+    gate = Gate()
+    with (
+        mock.patch.object(serving, "LAST_WORDS_S", 1.0),
+        running(run, hook=gate) as server,
+        open_channel(server.ready.address, run) as channel,
+    ):
+        health = watched_health(channel)
+        assert next(health) == "SERVING"
+        started_s = time.monotonic()
+        status, _ = refusal(lambda: encode(channel, run, request_of(server, file_rows(1))))
+        assert status in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
+        assert next(health) == "NOT_SERVING"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            server.page("healthz")
+        assert servers_in(registry_directory(run)) == []
+        # The batch never ends, and nobody waits for it.
+        assert server.ended.result(TIMEOUT_S) == serving.BROKEN_DEVICE
+        assert time.monotonic() - started_s < 5
+        gate.open()
 
 
 @apart
@@ -374,7 +419,7 @@ def test_health_follows_loading_and_stopping(tmp_path: Path) -> None:
             assert servers_in(registry_directory(run)) == [server.ready.address]
             rows = file_rows(2)
             with ThreadPoolExecutor(1) as pool:
-                inside = pool.submit(encode, channel, request_of(server, rows))
+                inside = pool.submit(encode, channel, run, request_of(server, rows))
                 assert gate.arrived.acquire(timeout=TIMEOUT_S)
                 server.stop.ask()
                 until(lambda: health_of(channel) == "NOT_SERVING")
@@ -399,19 +444,19 @@ def test_stored_latents_are_those_that_were_encoded(tmp_path: Path) -> None:
     seen: list[int] = []
     hook = lambda images: seen.append(len(images))  # noqa: E731
     with running(run, hook=hook) as server, open_channel(server.ready.address, run) as channel:
-        first = encode(channel, request_of(server, rows))
-        again = encode(channel, request_of(server, [*rows, *file_rows(1, first=9)]))
+        first = encode(channel, run, request_of(server, rows))
+        again = encode(channel, run, request_of(server, [*rows, *file_rows(1, first=9)]))
         assert torch.equal(again.latents[:4], first.latents)
         assert again.failures.keys() == first.failures.keys() == {1}
         good = [0, 2, 3]
         local = locally(run, [rows[number] for number in good])
         assert torch.equal(first.latents[good], local.latents)
         assert server.value("cache_hits_total") == 3
-        encode(channel, request_of(server, mirrored))
+        encode(channel, run, request_of(server, mirrored))
         assert server.value("cache_hits_total") == 3
         assert seen == [1, 4, 2, 4]
     with running(run, hook=hook) as server, open_channel(server.ready.address, run) as channel:
-        assert torch.equal(encode(channel, request_of(server, rows)).latents, first.latents)
+        assert torch.equal(encode(channel, run, request_of(server, rows)).latents, first.latents)
         assert server.value("cache_hits_total") == 3
 
 
@@ -420,7 +465,7 @@ def test_the_metrics_page_tells_what_it_promises(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     with running(run) as server, open_channel(server.ready.address, run) as channel:
         for _ in range(3):
-            encode(channel, request_of(server, file_rows(2)))
+            encode(channel, run, request_of(server, file_rows(2)))
         values = server.metrics()
         wanted = {
             'requests_total{outcome="ok"}': 3,
@@ -474,7 +519,7 @@ def test_the_command_serves_restarts_what_dies_and_drains(tmp_path: Path) -> Non
         assert servers_in(registry) == [successor]
         request = wire.EncodeRequest(contract, TARGET, tuple(file_rows(2)))
         with open_channel(successor, run) as channel:
-            assert_same(encode(channel, request), locally(run, list(request.rows)))
+            assert_same(encode(channel, run, request), locally(run, list(request.rows)))
         command.send_signal(signal.SIGTERM)
         out, err = command.communicate(timeout=TIMEOUT_S)
         assert (command.returncode, out, err) == (0, "", "")
@@ -485,6 +530,7 @@ def test_the_command_serves_restarts_what_dies_and_drains(tmp_path: Path) -> Non
 
 @apart
 def test_servers_that_cannot_start_say_why(tmp_path: Path) -> None:
+    from dsr_scale.encode_service.metrics import ServerMetrics, metrics_page
     from dsr_scale.encode_service.processes import Servers, check_before_start
 
     for override, found in (
@@ -500,15 +546,67 @@ def test_servers_that_cannot_start_say_why(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             check_before_start(tiny_run(tmp_path, *overrides))
         assert found in caught.value.found
-    three = tiny_run(tmp_path, "encoder.server.devices=3", "encoder.server.listen='[::1]:7070'")
+    three = tiny_run(
+        tmp_path,
+        "encoder.server.devices=3",
+        "encoder.server.listen='[::1]:7070'",
+        "encoder.server.metrics_port=9100",
+    )
     places = Servers(three, check_before_start(three), ready=print, say=print)._places
     assert [place.listen for place in places] == ["[::1]:7070", "[::1]:7071", "[::1]:7072"]
+    assert [place.metrics_port for place in places] == [9100, 9101, 9102]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        page = metrics_page("127.0.0.1", port, ServerMetrics(torch.device("cpu"), 1), bool)
+        with pytest.raises(InputError, match=f"{port} for the metrics page: .* in use"), page:
+            pass
     told: list[str] = []
     run = tiny_run(tmp_path, "encoder.server.listen=192.0.2.1:0", "encoder.plain=true")
     servers = Servers(run, check_before_start(run), ready=print, say=told.append)
     with pytest.raises(InputError, match=r"192\.0\.2\.1:0 cannot be listened on"):
         servers.watch()
     assert told == []
+
+
+class Started:
+    """What `Servers` sees of processes that live as `lives` tells: each a list of messages, then death."""
+
+    def __init__(self, servers: Any, lives: dict[int, list[list[Any]]]) -> None:
+        self._lives = lives
+        self._places = servers._places
+        servers._start = self.start
+
+    def start(self, place: Any) -> None:
+        place.messages, theirs = multiprocessing.Pipe(duplex=False)
+        place.process, place.start_at_s = mock.Mock(exitcode=2), None
+        for message in self._lives[self._places.index(place)].pop(0):
+            if callable(message):
+                message()
+            else:
+                theirs.send(message)
+        theirs.close()
+
+
+@apart
+def test_an_input_error_ends_servers_only_before_they_were_ready(tmp_path: Path) -> None:
+    from dsr_scale.encode_service.processes import Servers
+
+    run = tiny_run(tmp_path)
+    error = InputError(found="no disk", required="a disk", remedy="mount it")
+    told: list[str] = []
+    heard: list[object] = []
+    devices = [torch.device("cpu")] * 2
+    with mock.patch("dsr_scale.encode_service.processes.FIRST_BACKOFF_S", 0.01):
+        servers = Servers(run, devices, ready=heard.append, say=told.append)
+        end = lambda: servers._signals.append(signal.SIGTERM)  # noqa: E731
+        Started(servers, {0: [["a"], [error], ["b", end]], 1: [["c"]] + [["d"]] * 9})
+        assert servers.watch() == 0
+        assert {"a", "b", "c"} <= set(heard)
+        assert "server on cpu cannot start: no disk" in told
+        servers = Servers(run, devices, ready=heard.append, say=told.append)
+        Started(servers, {0: [["a"]], 1: [[error]]})
+        with pytest.raises(InputError, match="no disk"):
+            servers.watch()
 
 
 def test_the_allocator_keeps_large_blocks() -> None:

@@ -15,6 +15,7 @@ from tiny_language_models import DEPTH, WIDTH, WORDS, hidden_by_hand, save_tiny
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.encoders import TransformersText
+from dsr_scale.encoders.caption_cache import ENTRY_BYTES, CaptionCache
 from dsr_scale.encoders.contract import build_text_encoder
 from dsr_scale.encoders.text_transformers import CHUNK_CAPTIONS, TransformersEncoder
 
@@ -114,27 +115,48 @@ def test_repeated_captions_cost_nothing_and_are_equal_bit_for_bit(
 
 def test_the_least_recently_used_caption_leaves_the_cache(tmp_path: Path) -> None:
     save_tiny(tmp_path, "bert")
-    encoder = _build(tmp_path, cache_captions=2)
+    encoder = _build(tmp_path)
+    word_and_end = 2 * WIDTH * 4 + ENTRY_BYTES
+    encoder._cache = CaptionCache(2 * word_and_end + len("a") + len("an"))
     rows_run = _count_captions_run(encoder)
     for captions, run in [(["a", "an"], 2), (["a"], 0), (["of"], 1), (["a"], 0), (["an"], 1)]:
         rows_run.clear()
         encoder.encode(captions)
         assert sum(rows_run) == run, captions
-    without = _build(tmp_path, cache_captions=0)
+    without = _build(tmp_path, cache_mib=0)
     assert torch.equal(without.encode(["a"]).tokens, without.encode(["a"]).tokens)
-    assert not without._cache
+    assert not len(without._cache)
+
+
+def test_the_cache_is_bounded_by_bytes() -> None:
+    rows = {str(number): torch.full((number % 5 + 1, 64), number) for number in range(60)}
+    limit = 12_000
+    cache = CaptionCache(limit)
+    cache.put("", torch.zeros(0, 64))
+    for caption, tokens in rows.items():
+        cache.put(caption, tokens)
+    held = [caption for caption in rows if caption in cache]
+    taken = [rows[caption].nbytes + len(caption) + ENTRY_BYTES for caption in held]
+    # The last ones, as many as have room, and the null caption, which came first.
+    assert held == list(rows)[-len(held) :] and "" in cache
+    following = rows[list(rows)[-len(held) - 1]]
+    room = limit - ENTRY_BYTES
+    assert sum(taken) <= room < sum(taken) + following.nbytes + 2 + ENTRY_BYTES
+    assert all(torch.equal(cache.get(caption), rows[caption]) for caption in held)
+    cache.put("larger than all", torch.zeros(64, 64))
+    assert [caption for caption in rows if caption in cache] == held
 
 
 def test_the_null_caption_stays_in_the_cache(tmp_path: Path) -> None:
     save_tiny(tmp_path, "bert")
-    encoder = _build(tmp_path, cache_captions=2, template="a photo of {caption}")
+    encoder = _build(tmp_path, cache_mib=0, template="a photo of {caption}")
     null = encoder.encode([""])
     assert null.mask.sum() == 4
     for caption in ("a", "an", "of"):
         encoder.encode([caption])
     forwards: list[int] = []
     encoder.language_model.network.register_forward_pre_hook(lambda *_args: forwards.append(1))
-    again = encoder.encode(["", "of"])
+    again = encoder.encode(["", ""])
     assert not forwards
     assert torch.equal(again.tokens[:1], null.tokens)
     assert torch.equal(again.mask[:1], null.mask)
@@ -168,7 +190,7 @@ def test_a_real_sentence_encoder() -> None:
     # Neither padding nor neighbours matter.
     torch.testing.assert_close(long.tokens.flip(0)[:, :16], short.tokens, rtol=0, atol=1e-5)
     assert not long.tokens[:, 16:].any()
-    encoder = _build(MINILM, channels=384, max_length=16, cache_captions=0)
+    encoder = _build(MINILM, channels=384, max_length=16, cache_mib=0)
     alone = torch.cat([encoder.encode([caption]).tokens for caption in captions])
     assert torch.equal(alone, short.tokens)
     # The sentence embedding is the mean of its tokens.

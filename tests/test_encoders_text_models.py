@@ -85,7 +85,7 @@ def test_features_are_those_of_the_model(
 def test_a_caption_has_the_same_bits_alone_and_in_a_batch(
     saved: dict[str, tuple[Path, Any]], name: str, dtype: str
 ) -> None:
-    encoder = _build(saved[name][0], dtype=dtype, cache_captions=0)
+    encoder = _build(saved[name][0], dtype=dtype, cache_mib=0)
     together = encoder.encode(CAPTIONS)
     assert together.tokens.isfinite().all()
     for row, caption in enumerate(CAPTIONS):

@@ -138,7 +138,7 @@ def served_is_inline(folder: Path, device: str, dtype: str) -> None:
             request = wire.EncodeRequest(server.ready.fingerprint, (SIDE, SIDE), tuple(part))
             pixels = decoded(part, run, (SIDE, SIDE))
             inline = local.encode(pixels, [row.caption for row in part])
-            assert_same(encode(channel, request), inline)
+            assert_same(encode(channel, run, request), inline)
             assert inline.latents.abs().max() > 0
 
 

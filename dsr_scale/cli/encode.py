@@ -32,7 +32,7 @@ def encode(
     """Fill a latent cache for encoder.mode=cache. Interrupted, the same command goes on."""
     from dsr_scale.config.load import load_run
 
-    index, of = parse_share(share)
+    part = parse_share(share)
     run = load_run(config, [*(overrides or ()), f"data.shards={json.dumps(shards)}"])
 
     from rich.console import Console
@@ -46,7 +46,7 @@ def encode(
     )
     from rich.table import Table
 
-    from dsr_scale.encode_service.fill import FillProgress, Share, fill
+    from dsr_scale.encode_service.fill import FillProgress, fill
     from dsr_scale.encode_service.memory import keep_large_blocks
 
     keep_large_blocks()
@@ -78,7 +78,7 @@ def encode(
             run,
             out,
             device=usable_device(device),
-            share=Share(index, of),
+            share=part,
             decode_threads=workers,
             progress=show,
         )

@@ -6,13 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.data.shares import Share
 
 if TYPE_CHECKING:
     import torch
 
 
-def parse_share(text: str) -> tuple[int, int]:
-    """`--share i/n` as two numbers. Raises InputError for anything else."""
+def parse_share(text: str) -> Share:
+    """What `--share i/n` means. Raises InputError for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(
@@ -20,7 +21,7 @@ def parse_share(text: str) -> tuple[int, int]:
             required="i/n with 0 ≤ i < n, such as 0/4, 1/4, 2/4 and 3/4 for four processes",
             remedy="give every process another i and the same n",
         )
-    return int(match[1]), int(match[2])
+    return Share(int(match[1]), int(match[2]))
 
 
 def usable_device(name: str) -> torch.device:

@@ -53,11 +53,11 @@ def stats(
     from dsr_scale.base.atomic_files import require_writable_directory
     from dsr_scale.cli.placement import parse_share, usable_device
     from dsr_scale.config.load import load_run
-    from dsr_scale.data.plain_images import Share, plain_images
+    from dsr_scale.data.plain_images import plain_images
     from dsr_scale.encoders.statistics import StatisticsSource
     from dsr_scale.encoders.whitening import statistics_identity
 
-    part = Share(*parse_share(share))
+    part = parse_share(share)
     run = load_run(config, overrides or [])
     image = _whitened_encoder(run)
     target = _target(image, out)

@@ -19,6 +19,8 @@ class ServerConfig(Section):
     """Host name under which clients reach this machine; None asks the machine."""
     devices: int | None = Field(default=None, gt=0)
     """Server processes, one per device. None is every GPU, or one process on the CPU."""
+    metrics_port: int = Field(default=0, ge=0, lt=65_536)
+    """Port of the first device's metrics page; the others count up. Port 0 takes a free one for each."""
     batch_images: int = Field(default=64, gt=0)
     """Images of several requests that are encoded together, at most."""
     batch_wait_ms: float = Field(default=2.0, ge=0)

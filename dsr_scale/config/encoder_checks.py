@@ -5,11 +5,11 @@ Addresses and limits are checked in every mode: `dsr-scale serve` reads the same
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.addresses import LAST_PORT, is_host, parse_address
 from dsr_scale.config.encoders import (
     AttentionBias,
     TestTimeRegisters,
@@ -26,11 +26,9 @@ OTHER_RANKS_WAIT_S = 1800
 LONGEST_WAIT_S = 1500
 """So a rank must have given up by then, with time left to save."""
 
-_LAST_PORT = 65_535
-
 
 def cache_problems(run: RunConfig) -> Problems:
-    """A cache holds one latent per image and mirror image, so the run must ask for no other."""
+    """What a run needs that reads a latent cache."""
     if run.encoder.mode != "cache":
         return
     if run.encoder.cache is None:
@@ -39,16 +37,26 @@ def cache_problems(run: RunConfig) -> Problems:
             required="the directory that `dsr-scale encode` wrote",
             remedy="set encoder.cache, or encoder.mode to inline or service",
         )
+    yield from changing_view_problems(run)
+
+
+def changing_view_problems(run: RunConfig) -> Problems:
+    """A cache holds one view of each image and its mirror image, so the data must ask for no other.
+
+    Whatever `encoder.mode` is: a cache is filled with the run file of a run that encodes, too.
+    """
     if run.data.crop != "center":
         yield InputError(
-            found=f"encoder.mode = cache, data.crop = {run.data.crop}",
-            required="data.crop = center: a random crop is another image every time",
+            found=f"a latent cache with data.crop = {run.data.crop}",
+            required="data.crop = center: a random crop is another image every time, and a cache's "
+            "would be the same in every epoch",
             remedy="set data.crop to center, or encoder.mode to inline or service",
         )
     if run.data.buckets:
         yield InputError(
-            found=f"encoder.mode = cache, {len(run.data.buckets)} data.buckets",
-            required="squares: which bucket an image is cropped to may change between epochs",
+            found=f"a latent cache with {len(run.data.buckets)} data.buckets",
+            required="squares of data.resolution: images left over from their bucket train at a "
+            "neighbour's size, others in every epoch, and a cache would need every image at every size",
             remedy="remove data.buckets, or set encoder.mode to inline or service",
         )
 
@@ -92,18 +100,20 @@ def request_problems(run: RunConfig) -> Problems:
 def address_problems(run: RunConfig) -> Problems:
     """`host:port` of servers, and one port for each of them."""
     server = run.encoder.server
-    port = _port(server.listen, least=0)
-    if port is None:
+    parsed = parse_address(server.listen)
+    port = parsed[1] if parsed else 0
+    if parsed is None:
         yield _no_address("encoder.server.listen", server.listen, "0 takes a free port")
-    elif port and server.devices and port + server.devices - 1 > _LAST_PORT:
+    elif port and server.devices and port + server.devices - 1 > LAST_PORT:
         yield InputError(
             found=f"encoder.server.listen = {server.listen}, encoder.server.devices = "
             f"{server.devices}",
-            required=f"ports that count up to at most {_LAST_PORT}",
+            required=f"ports that count up to at most {LAST_PORT}",
             remedy="lower the port in encoder.server.listen, or set it to 0 for free ports",
         )
     for index, address in enumerate(run.encoder.servers):
-        if _port(address, least=1) is None:
+        parsed = parse_address(address)
+        if parsed is None or parsed[1] == 0:
             yield _no_address(f"encoder.servers[{index}]", address, "as a server prints it")
         if address in run.encoder.servers[:index]:
             yield InputError(
@@ -111,9 +121,7 @@ def address_problems(run: RunConfig) -> Problems:
                 required="each server once",
                 remedy=f"remove encoder.servers[{index}]",
             )
-    if server.advertise is not None and not (
-        _is_name(server.advertise) or _is_ipv6(server.advertise)
-    ):
+    if server.advertise is not None and not is_host(server.advertise):
         yield InputError(
             found=f"encoder.server.advertise = {server.advertise!r}",
             required="a host name or an address, without a port: each server has its own",
@@ -157,30 +165,6 @@ def _no_address(name: str, address: str, port: str) -> InputError:
         required=f"host:port, an IPv6 host in brackets; {port}",
         remedy=f"write {name} like 10.0.0.5:50051 or [fd00::5]:50051",
     )
-
-
-def _port(address: str, *, least: int) -> int | None:
-    """The port of `host:port`; None for anything else."""
-    host, _, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    sound = _is_ipv6(host[1:-1]) if bracketed else _is_name(host)
-    if not sound or not (port.isascii() and port.isdigit()):
-        return None
-    number = int(port)
-    return number if least <= number <= _LAST_PORT else None
-
-
-def _is_name(host: str) -> bool:
-    """A host name or an IPv4 address."""
-    return bool(host) and not any(char.isspace() or char in ":/[]@" for char in host)
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        ipaddress.IPv6Address(host)
-    except ValueError:
-        return False
-    return True
 
 
 ENCODER_CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (

@@ -108,13 +108,13 @@ def _workload(
 def _new_captions(run: RunConfig, pack: LocalPack, encoders: int) -> float:
     """Share of captions that none of so many encoders still has in memory.
 
-    Captions are reckoned one per sample; where more samples than captions kept come by, none of them
-    is still there when it comes again.
+    Captions are reckoned one per sample, at their full length; where more come by than memory is set
+    aside for, none of them is still there when it comes again.
     """
     text = run.encoders.text
     if not isinstance(text, TransformersText) or pack.samples is None:
         return 1.0
-    if pack.samples > text.cache_captions:
+    if pack.samples * encoder_costs.caption_token_bytes(run) > text.cache_mib << 20:
         return 1.0
     seen = run.training.steps * run.training.global_batch_images
     return min(1.0, pack.samples * encoders / seen)

@@ -151,8 +151,9 @@ class TransformersText(Section):
     """Width of the hidden states; checked against the model when it is loaded."""
     dtype: Dtype = "fp32"
     """Precision the language model runs in."""
-    cache_captions: int = Field(default=65_536, ge=0)
-    """Captions whose tokens are kept in memory; repeated captions then cost nothing."""
+    cache_mib: int = Field(default=1024, ge=0)
+    """Host memory of each process for tokens of captions, those used least recently put out first;
+    repeated captions then cost nothing. 0 keeps the null caption only."""
 
 
 class NoText(Section):

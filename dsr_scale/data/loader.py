@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.data import DataConfig
@@ -124,6 +125,7 @@ class BatchStream:
         self._microbatch = microbatch_images
         self._decoder = _Decoder(samples, config, seed, num_classes, encoder)
         self._config = config
+        self._encodes = encoder is not None
         self._start_method = start_method
         self._iterator: Iterator[Batch | InputError] | None = None
 
@@ -163,11 +165,11 @@ class BatchStream:
 
     def close(self) -> None:
         """Ends the workers. A later call of `steps` starts new ones."""
-        if self._iterator is not None:
-            shut_down = getattr(self._iterator, "_shutdown_workers", None)
-            self._iterator = None
-            if shut_down is not None:
-                shut_down()
+        iterator, self._iterator = self._iterator, None
+        if self._config.workers and iterator is not None:
+            if self._encodes:
+                _terminate_workers(iterator)
+            getattr(iterator, "_shutdown_workers", lambda: None)()
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         step = first_step
@@ -177,6 +179,15 @@ class BatchStream:
                 rows = slice(start, start + self._microbatch)
                 yield Request(batch.epochs[rows], batch.sample_ids[rows], batch.target)
             step += 1
+
+
+def _terminate_workers(iterator: Any) -> None:
+    """Ends workers that may be waiting for an answer: DataLoader would give each 5 s, in turn."""
+    # Else their deaths are taken for accidents.
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    for worker in iterator._workers:
+        worker.terminate()
 
 
 def _start_worker(parent_pid: int, worker: int) -> None:

@@ -25,6 +25,7 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.config.data import DataConfig
 from dsr_scale.data.loader import open_samples
 from dsr_scale.data.samples import UnusableRecord
+from dsr_scale.data.shares import WHOLE, Share
 from dsr_scale.data.sources import IMAGE_SUFFIXES, source_errors
 from dsr_scale.data.transforms import UnreadableImage, cover_and_crop, decode_rgb
 
@@ -104,16 +105,6 @@ class ShardImages:
         with self._reading:  # readers of shards are made for one thread
             sample = self._samples.read(position)
         return sample.key, sample.image
-
-
-class Share(NamedTuple):
-    """Part `index` of `of` equal ones, 0 ≤ index < of."""
-
-    index: int
-    of: int
-
-
-WHOLE = Share(0, 1)
 
 
 class PlainImages:

@@ -16,6 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsr_scale.base import random_keys
 
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF")
+"""Raster formats that PIL decodes by itself, JPEG with the MPO of cameras. EPS, for one, would start an
+interpreter, and encoder servers read what others send. The same everywhere, so that servers, caches and
+trainers fail on the same images."""
+
 _EXIF_ORIENTATION = 0x0112
 _DRAFT_MARGIN = 2
 """A JPEG is decoded at no less than this many times the target, so resampling sets the quality."""
@@ -28,7 +33,7 @@ class UnreadableImage(Exception):
 def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) in pixels after EXIF orientation, from the header alone."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             return _oriented_size(image)
     except Exception as error:  # PIL's decoders raise nearly anything on broken bytes
         raise UnreadableImage(_describe(error)) from error
@@ -37,7 +42,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 def verified_size(data: bytes) -> tuple[int, int]:
     """(height, width) after EXIF orientation, having decoded every byte once."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             size = _oriented_size(image)
             # The smallest DCT scale still reads the whole stream, which is what is to be proven.
             image.draft("RGB", (1, 1))
@@ -60,14 +65,15 @@ def decode_rgb(
     that size. Raises `UnreadableImage`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             if cover is not None and image.format == "JPEG":
                 height, width = cover
                 if _is_transposed(image):
                     height, width = width, height
                 image.draft("RGB", (_DRAFT_MARGIN * width, _DRAFT_MARGIN * height))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), background)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, background)
     except UnreadableImage:
         raise
     except Exception as error:  # as above
@@ -88,7 +94,7 @@ def reencode_image(
     exceeds `max_side`. Raises `UnreadableImage`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with _opened(data) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
             transparent = image.has_transparency_data
@@ -135,7 +141,7 @@ def choose_view(
 
 
 def cover_and_crop(image: Image.Image, target: tuple[int, int], view: View = CENTRE) -> np.ndarray:
-    """Scales to cover `target` (height, width) and crops to `view`: uint8 [3, H, W].
+    """Scales an RGB image to cover `target` (height, width) and crops to `view`: uint8 [3, H, W].
 
     Bicubic with antialiasing.
     """
@@ -150,9 +156,16 @@ def cover_and_crop(image: Image.Image, target: tuple[int, int], view: View = CEN
         min(image.width, left + crop_width),
         min(image.height, top + crop_height),
     )
-    scaled = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(scaled).transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels[:, :, ::-1] if view.mirrored else pixels)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    # PIL takes colours apart three times faster than numpy transposes them.
+    planes = bytearray().join(image.tobytes("raw", colour) for colour in "RGB")
+    pixels = np.frombuffer(planes, dtype=np.uint8).reshape(3, height, width)
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if view.mirrored else pixels
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _describe(error: Exception) -> str:
@@ -171,7 +184,7 @@ def _oriented_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any PIL mode to RGB."""
+    """Any PIL mode to RGB; an RGB image itself, not a copy."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -183,4 +196,4 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         layer = image.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, (*background, 255))
         return Image.alpha_composite(canvas, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -6,17 +6,19 @@ import ipaddress
 import socket
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.addresses import parse_address
 
 
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` or `[IPv6]:port` → host without brackets, and port. Raises InputError."""
-    host, colon, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or not port.isdecimal() or int(port) > 65_535:
-        raise _no_address(address)
-    if ":" in host and not bracketed:
-        raise _no_address(address)
-    return (host[1:-1] if bracketed else host), int(port)
+    parsed = parse_address(address)
+    if parsed is None:
+        raise InputError(
+            found=f"the address {address!r}",
+            required="host:port, with an IPv6 host in brackets",
+            remedy="correct encoder.server.listen or encoder.servers, e.g. 0.0.0.0:7070",
+        )
+    return parsed
 
 
 def join_address(host: str, port: int) -> str:
@@ -43,11 +45,3 @@ def reachable_host(listen_host: str, advertise: str | None) -> str:
     except ValueError:
         everywhere = False
     return socket.gethostname() if everywhere else listen_host
-
-
-def _no_address(address: str) -> InputError:
-    return InputError(
-        found=f"the address {address!r}",
-        required="host:port, with an IPv6 host in brackets",
-        remedy="correct encoder.server.listen or encoder.servers, e.g. 0.0.0.0:7070",
-    )

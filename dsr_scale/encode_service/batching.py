@@ -3,7 +3,8 @@
 Encoders give a row the same latents and tokens whatever batch it came in, so joining changes nothing but
 speed. A batch that is not full waits a little for more; only requests of equal target can join. When a
 batch fails its requests are tried one by one, so that a request the encoders cannot take fails alone. If
-a failure is the device's, it cannot encode the warm-up image any more: then the server has to end.
+a failure is the device's, it cannot encode the warm-up image any more: then the server has to end. So it
+has when a batch takes longer than any client waits: a device that hangs raises nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.config.encoder_access import ServerConfig
 from dsr_scale.encode_service.local import LocalEncoders
 from dsr_scale.encode_service.metrics import ServerMetrics
+from dsr_scale.encode_service.watchdog import Watchdog
+
+_LOOK_S = 0.1
+"""How often a thread that is to end is looked at."""
 
 
 class EncodedRows(NamedTuple):
@@ -65,14 +70,16 @@ class DeviceThread:
         settings: ServerConfig,
         metrics: ServerMetrics,
         broken: Callable[[Exception], None],
+        limit_s: float,
     ) -> None:
-        """`broken` is called once, in the thread, when the device cannot encode any more."""
+        """`broken` is called when the device cannot encode any more, or takes over `limit_s` for a batch."""
         self._encoders = encoders
         self._device = device
         self._most_rows = settings.batch_images
         self._wait_s = settings.batch_wait_ms / 1000
         self._metrics = metrics
         self._broken = broken
+        self._watchdog = Watchdog(limit_s, broken)
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -84,6 +91,8 @@ class DeviceThread:
         self._warm_up = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
         latents, tokens, _ = self._encode(self._warm_up, [""])
         self._thread.start()
+        # Not before: loading and compiling take as long as they take.
+        self._watchdog.start()
         per_caption = 0 if tokens is None else tokens.nbytes
         return AnswerSize(latents.nbytes / resolution**2, per_caption, latents.dtype)
 
@@ -95,15 +104,16 @@ class DeviceThread:
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread after the batch it is at; jobs that wait are cancelled."""
+        """Ends the thread after the batch it is at, unless that hangs; jobs that wait are cancelled."""
         with self._changed:
             self._closed = True
             waiting, self._jobs = list(self._jobs), deque()
             self._changed.notify()
         for job in waiting:
             job.answer.cancel()
-        if self._thread.is_alive():
-            self._thread.join()
+        while self._thread.is_alive() and not self._watchdog.barked:
+            self._thread.join(_LOOK_S)
+        self._watchdog.close()
 
     def _run(self) -> None:
         while jobs := self._next_batch():
@@ -181,17 +191,20 @@ class DeviceThread:
     def _encode(self, pixels: torch.Tensor, captions: Sequence[str]) -> EncodedRows:
         """Never more than `batch_images` at once, whatever one request holds."""
         n = self._most_rows
-        parts = [self._encoders.latents(pixels[i : i + n]) for i in range(0, len(pixels), n)]
-        latents = torch.cat(parts) if parts else torch.empty(0)
+        parts = []
+        for start in range(0, len(pixels), n):
+            with self._watchdog.watching():
+                parts.append(self._encoders.latents(pixels[start : start + n]))
+        latents = _joined(parts) if parts else torch.empty(0)
         if self._encoders.text is None:
             return EncodedRows(latents, None, None)
-        with torch.inference_mode():
-            texts = [
-                self._encoders.text.encode(captions[i : i + n]) for i in range(0, len(captions), n)
-            ]
-            tokens = torch.cat([text.tokens.cpu() for text in texts])
-            mask = torch.cat([text.mask.cpu() for text in texts])
-        return EncodedRows(latents, tokens, mask)
+        tokens, masks = [], []
+        for start in range(0, len(captions), n):
+            with self._watchdog.watching(), torch.inference_mode():
+                text = self._encoders.text.encode(captions[start : start + n])
+                tokens.append(text.tokens.cpu())
+                masks.append(text.mask.cpu())
+        return EncodedRows(latents, _joined(tokens), _joined(masks))
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -208,3 +221,8 @@ class DeviceThread:
             end.record()
             end.synchronize()
         self._metrics.encode_seconds.inc(start.elapsed_time(end) / 1000)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    # torch.cat copies a single tensor too.
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

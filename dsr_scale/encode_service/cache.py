@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.encoder_checks import cache_problems
 from dsr_scale.config.encoders import BytesText
+from dsr_scale.config.problems import raise_problems
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.encoded import Encoded, Row
 from dsr_scale.data.loader import open_samples
@@ -32,7 +34,6 @@ from dsr_scale.encode_service.cache_format import (
     missing_units,
     planned_manifest,
     read_manifest,
-    refuse_changing_views,
 )
 from dsr_scale.encode_service.cache_shards import CacheShards, StoredRow
 from dsr_scale.encode_service.contract import Contract, expected
@@ -49,13 +50,8 @@ def open_cache(run: RunConfig) -> tuple[CachedSamples, CachedEncoder]:
     Raises InputError for an unfinished or damaged cache, and for one of other data or encoders,
     naming every difference; the kind of device that filled it does not matter here.
     """
-    if run.encoder.cache is None:
-        raise InputError(
-            found="encoder.mode = cache without encoder.cache",
-            required="the directory that dsr-scale encode wrote",
-            remedy="set encoder.cache",
-        )
-    refuse_changing_views(run)
+    raise_problems("the run", list(cache_problems(run)))
+    assert run.encoder.cache is not None, "open_cache is for encoder.mode = cache"
     directory = Path(run.encoder.cache).expanduser()
     manifest = _complete(directory, run.data.shards)
     shard_sizes, fingerprint = truncated(

@@ -136,24 +136,6 @@ def planned_manifest(run: RunConfig, samples: Samples, contract: Contract) -> Ca
     )
 
 
-def refuse_changing_views(run: RunConfig) -> None:
-    """Raises InputError for data settings under which an image has more views than a cache holds."""
-    if run.data.crop == "random":
-        raise InputError(
-            found="data.crop = random with a latent cache",
-            required="data.crop = center: a cache holds one crop of every image, and a random one "
-            "would be the same in every epoch",
-            remedy="set data.crop=center, or keep random crops with encoder.mode=service or inline",
-        )
-    if run.data.buckets:
-        raise InputError(
-            found=f"data.buckets with {len(run.data.buckets)} sizes, with a latent cache",
-            required="squares of data.resolution: images left over from their bucket train at a "
-            "neighbour's size, others in every epoch, and a cache would need every image at every size",
-            remedy="set data.buckets=[], or keep buckets with encoder.mode=service or inline",
-        )
-
-
 def unit_name(unit: int) -> str:
     """The directory of what source shard `unit` became."""
     return f"unit-{unit:05d}"

@@ -110,9 +110,13 @@ class CacheShards:
     """The rows of a complete cache by sample id. Pickled and forked freely; files open when used."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises InputError when the index is damaged, or a shard is missing or of another size."""
+        """Raises InputError when the index is damaged. Shards are looked at when they are read.
+
+        Asking for the size of each of hundred thousands on every rank takes minutes on a network disk.
+        """
         self._directory = directory
         self._names: list[str] = []
+        self._bytes: list[int] = []
         sizes = []
         with _index_errors(directory / INDEX_NAME):
             for shard in json.loads((directory / INDEX_NAME).read_text())["shards"]:
@@ -120,7 +124,7 @@ class CacheShards:
                     raise ValueError(f"columns {shard['column_names']}")
                 self._names.append(shard["raw_data"]["basename"])
                 sizes.append(int(shard["samples"]))
-                self._require_whole(self._names[-1], shard["raw_data"]["bytes"])
+                self._bytes.append(int(shard["raw_data"]["bytes"]))
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
@@ -129,6 +133,16 @@ class CacheShards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+    def require_whole(self) -> None:
+        """Raises InputError when a shard is missing or of another size than the index says."""
+        for number, name in enumerate(self._names):
+            path = self._directory / name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise _missing(path, str(error.strerror)) from error
+            self._require_size(number, size)
 
     def row(self, sample_id: int) -> StoredRow:
         """The row of a sample, 0 ≤ id < N. Raises InputError for damage."""
@@ -154,6 +168,7 @@ class CacheShards:
             file = path.open("rb", buffering=0)
         except OSError as error:
             raise _missing(path, str(error.strerror)) from error
+        self._require_size(number, os.fstat(file.fileno()).st_size)
         table = np.frombuffer(os.pread(file.fileno(), 4 * (samples + 2), 0), dtype=np.uint32)
         offsets = table[1:]
         in_order = len(offsets) == samples + 1 and bool(
@@ -163,14 +178,10 @@ class CacheShards:
             raise _Damaged(path)(f"a table that is not one of {samples} samples")
         return _OpenShard(path, file, offsets)
 
-    def _require_whole(self, name: str, size: int) -> None:
-        path = self._directory / name
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise _missing(path, str(error.strerror)) from error
-        if found != size:
-            raise _Damaged(path)(f"{found} bytes instead of {size}")
+    def _require_size(self, number: int, found: int) -> None:
+        if found != self._bytes[number]:
+            damaged = _Damaged(self._directory / self._names[number])
+            raise damaged(f"{found} bytes instead of {self._bytes[number]}")
 
 
 def _missing(path: Path, why: str) -> InputError:

@@ -14,30 +14,32 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch.utils.data import get_worker_info
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.derive import BYTE_VOCABULARY
 from dsr_scale.config.run import RunConfig
-from dsr_scale.data.encoded import Encoded, EncodersLost, Row
+from dsr_scale.data.encoded import Encoded, Row
 from dsr_scale.encode_service import wire
+from dsr_scale.encode_service.answers import expected_answer
 from dsr_scale.encode_service.contract import Contract, expected
+from dsr_scale.encode_service.patience import PAUSE_S, Patience
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
-"""How long a server that failed is left alone: doubled each time it fails in a row."""
+LONGEST_PAUSE_S = 10.0
+"""How long a server that failed is left alone at most: `PAUSE_S`, doubled each time in a row."""
 
-BUSY_PAUSE_S = 0.02
-"""How long to wait when every server has given out its credits."""
+AVOIDED_FOR = 10
+"""A server that failed is avoided for this many times as long as the failed attempt took, so that one
+that hangs costs its callers a tenth of their time at most, as long as there are others."""
 
 REGISTRY_AGE_S = 2.0
 """The registry, which is on a shared disk, is read again after this long."""
 
 REFUSALS = 3
-"""A request that so many attempts call malformed is at fault itself."""
+"""A request that so many servers, or all if there are fewer, call malformed is at fault itself."""
 
 _Answer = TypeVar("_Answer")
 
@@ -62,10 +64,15 @@ class _Unfit(Exception):
 class _Server:
     """What a client knows of one address."""
 
-    channel: Any
+    channel: Any = None
+    """Opened when it is first needed, and anew after a failure."""
+    metadata: tuple[tuple[str, str], ...] = ()
     contract: Contract | None = None
     failures: int = 0
+    """In a row."""
     usable_from_s: float = 0.0
+    preferred_from_s: float = 0.0
+    """Until then it is asked only if no other server is there."""
     last_error: str = ""
     unfit: bool = False
 
@@ -82,7 +89,7 @@ class ServiceClient:
     _servers: dict[str, _Server] = field(default_factory=dict, repr=False)
     _known: tuple[float, list[str]] = (-REGISTRY_AGE_S, [])
     """When the addresses were read, and what they were."""
-    _token: tuple[tuple[str, str], ...] | None = field(default=None, repr=False)
+    _tokens: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)
     _turn: int = field(default_factory=lambda: random.Random(os.getpid()).randrange(1 << 16))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +109,7 @@ class ServiceClient:
         Waits for a first server. Raises InputError when there are servers, but none that gives what
         the run file says; EncodersLost when none answers in time.
         """
-        contract = self._until_answered(lambda server: server.contract)
+        contract = self._until_answered(lambda server, _: server.contract)
         assert contract is not None
         return contract
 
@@ -113,12 +120,12 @@ class ServiceClient:
     def encode(self, rows: Sequence[Row], target: tuple[int, int]) -> Encoded:
         """Latents and tokens of `rows` at `target`, from any server.
 
-        Raises EncodersLost when none answers within `encoder.give_up_after_s`; InputError when
-        servers refuse the request or are all of other encoders.
+        Raises EncodersLost when none answers within `encoder.give_up_after_s`, those of other encoders
+        counting as none; InputError when servers refuse the request.
         """
         assert self.contract is not None
         request = wire.EncodeRequest(self.contract.fingerprint, target, tuple(rows))
-        return self._until_answered(lambda server: self._ask(server, request))
+        return self._until_answered(lambda server, timeout_s: self._ask(server, request, timeout_s))
 
     @property
     def _speaks_here(self) -> bool:
@@ -128,63 +135,57 @@ class ServiceClient:
     def close(self) -> None:
         """Closes all connections."""
         for server in self._servers.values():
-            server.channel.close()
+            self._close(server)
         self._servers.clear()
 
-    def _until_answered(self, ask: Callable[[_Server], _Answer]) -> _Answer:
-        """Asks one server after the other until one answers."""
-        waiting = _Waiting(self.run.encoder.give_up_after_s, self._speaks_here)
+    def _until_answered(self, ask: Callable[[_Server, float], _Answer]) -> _Answer:
+        """Asks one server after the other until one answers, or patience is at its end."""
+        patience = Patience(self.run, speaks=self._speaks_here)
+        refused_by: set[str] = set()
         refusals = 0
         while True:
             busy = False
             for address, server in self._in_turn():
+                started_s = time.monotonic()
                 try:
-                    self._describe(address, server)
-                    answer = ask(server)
+                    self._describe(address, server, patience.attempt_s())
+                    answer = ask(server, patience.attempt_s())
                 except _Busy:
                     busy = True
                 except _Refused as error:
                     refusals += 1
-                    self._failed(server, str(error))
-                    if refusals == REFUSALS:
+                    refused_by.add(address)
+                    self._failed(server, str(error), started_s)
+                    if refusals >= REFUSALS and len(refused_by) >= min(
+                        REFUSALS, len(self._servers)
+                    ):
                         raise _refused(str(error)) from error
                 except _Unfit as error:
                     server.unfit = True
-                    self._token = None
-                    self._failed(server, str(error))
+                    self._failed(server, str(error), started_s)
                 except (_Failed, wire.MalformedMessage) as error:
-                    server.contract = None
-                    self._failed(server, f"{address}: {error}")
+                    self._failed(server, f"{address}: {error}", started_s)
                 else:
                     server.failures, server.unfit = 0, False
-                    waiting.answered()
+                    patience.answered()
                     return answer
-            if busy:
-                waiting.answered()
-                time.sleep(BUSY_PAUSE_S)
-                continue
             if self.contract is None:
                 self._refuse_if_all_unfit()
-            waiting.nobody({a: s.last_error for a, s in self._servers.items()}, self.run)
+            errors = [server.last_error for server in self._servers.values()]
+            patience.go_on(errors, busy=busy)
 
     def _in_turn(self) -> Iterator[tuple[str, _Server]]:
         """Servers that may be asked now, each time beginning with another."""
         addresses = self._addresses()
         for gone in self._servers.keys() - set(addresses):
-            self._servers.pop(gone).channel.close()
+            self._close(self._servers.pop(gone))
         self._turn += 1
-        now = time.monotonic()
-        for place in range(len(addresses)):
-            address = addresses[(self._turn + place) % len(addresses)]
-            if address not in self._servers:
-                from dsr_scale.encode_service.credentials import open_channel
-                from dsr_scale.encode_service.memory import keep_large_blocks
-
-                keep_large_blocks()
-                self._servers[address] = _Server(open_channel(address, self.run))
-            server = self._servers[address]
-            if server.usable_from_s <= now:
-                yield address, server
+        now_s = time.monotonic()
+        turned = [addresses[(self._turn + n) % len(addresses)] for n in range(len(addresses))]
+        pairs = [(address, self._servers.setdefault(address, _Server())) for address in turned]
+        usable = [pair for pair in pairs if pair[1].usable_from_s <= now_s]
+        preferred = [pair for pair in usable if pair[1].preferred_from_s <= now_s]
+        yield from preferred or usable
 
     def _addresses(self) -> list[str]:
         from dsr_scale.encode_service.registry import registry_directory, servers_in
@@ -197,24 +198,27 @@ class ServiceClient:
         return addresses
 
     def _refuse_if_all_unfit(self) -> None:
+        """There are servers, though none that fits; those that do not answer may be gone for good."""
         servers = self._servers.values()
-        if servers and all(server.unfit for server in servers):
+        unfit = [server.last_error for server in servers if server.unfit]
+        if unfit and all(server.unfit or server.failures for server in servers):
             raise InputError(
-                found="; ".join(server.last_error for server in servers),
+                found="; ".join(unfit),
                 required="an encoder server of this run's encoders",
                 remedy="start 'dsr-scale serve' with the same run file and files, or correct the "
                 "run's encoders, encoder.registry or encoder.credentials",
             )
 
-    def _describe(self, address: str, server: _Server) -> None:
+    def _describe(self, address: str, server: _Server, timeout_s: float) -> None:
         """Learns what a server gives. Raises _Unfit unless it is what the run needs."""
         if server.contract is not None:
             return
         import grpc
 
+        self._connect(address, server)
         describe = server.channel.unary_unary(f"/{wire.SERVICE}/{wire.DESCRIBE}")
         try:
-            text = describe(b"", timeout=self.run.encoder.request_timeout_s, **self._metadata())
+            text = describe(b"", timeout=timeout_s, metadata=server.metadata)
         except grpc.RpcError as error:
             raise _sorted_out(error) from error
         try:
@@ -227,20 +231,23 @@ class ServiceClient:
             raise _Unfit(f"{address} would give other latents: {'; '.join(differences)}")
         server.contract = contract
 
-    def _ask(self, server: _Server, request: wire.EncodeRequest) -> Encoded:
+    def _ask(self, server: _Server, request: wire.EncodeRequest, timeout_s: float) -> Encoded:
         """One attempt at one server."""
         import grpc
 
         conversation = _Conversation(request)
         call = server.channel.stream_stream(f"/{wire.SERVICE}/{wire.ENCODE}")(
-            conversation.messages(), timeout=self.run.encoder.request_timeout_s, **self._metadata()
+            conversation.messages(), timeout=timeout_s, metadata=server.metadata
         )
         try:
             if next(call, None) != wire.CREDIT:
                 raise wire.MalformedMessage("no credit was granted")
             conversation.go_on()
             return wire.receive_reply(
-                call, request.contract, len(request.rows), padding=BYTE_VOCABULARY - 1
+                call,
+                request.contract,
+                len(request.rows),
+                expected_answer(self.run, request.target),
             )
         except grpc.RpcError as error:
             raise _sorted_out(error) from error
@@ -248,17 +255,27 @@ class ServiceClient:
             conversation.end()
             call.cancel()
 
-    def _metadata(self) -> Mapping[str, Any]:
-        if self._token is None:
-            from dsr_scale.encode_service.credentials import call_metadata
+    def _connect(self, address: str, server: _Server) -> None:
+        """Anew after every failure: credentials may have changed, and gRPC's own pauses are left out."""
+        from dsr_scale.encode_service.credentials import call_metadata, open_channel
+        from dsr_scale.encode_service.memory import keep_large_blocks
 
-            self._token = call_metadata(self.run)
-        return {"metadata": self._token}
+        keep_large_blocks()
+        self._close(server)
+        server.channel = open_channel(address, self.run)
+        server.metadata = call_metadata(address, self.run)
 
-    def _failed(self, server: _Server, reason: str) -> None:
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**server.failures)
+    def _close(self, server: _Server) -> None:
+        if server.channel is not None:
+            server.channel.close()
+            server.channel = server.contract = None
+
+    def _failed(self, server: _Server, reason: str, started_s: float) -> None:
+        now_s = time.monotonic()
+        server.usable_from_s = now_s + min(LONGEST_PAUSE_S, PAUSE_S * 2**server.failures)
+        server.preferred_from_s = now_s + AVOIDED_FOR * (now_s - started_s)
         server.failures += 1
-        server.usable_from_s = time.monotonic() + pause_s
+        self._close(server)
         if self._speaks_here and reason != server.last_error:
             print(f"encoder server: {reason}", file=sys.stderr, flush=True)
         server.last_error = reason
@@ -289,50 +306,6 @@ class _Conversation:
         self._decided.set()
 
 
-class _Waiting:
-    """Patience with a service that does not answer, told once."""
-
-    def __init__(self, patience_s: float, speaks: bool) -> None:
-        self._patience_s = patience_s
-        self._speaks = speaks
-        self._since_s: float | None = None
-
-    def nobody(self, errors: Mapping[str, str], run: RunConfig) -> None:
-        """No server could be asked. Raises EncodersLost when that has lasted too long."""
-        now = time.monotonic()
-        tried = "; ".join(f"{address}: {error}" for address, error in errors.items())
-        tried = tried or "none is registered and encoder.servers names none"
-        if self._since_s is None:
-            self._since_s = now
-            self._say(f"no encoder server answers, waiting {self._patience_s:g} s ({tried})")
-        if now - self._since_s > self._patience_s:
-            raise EncodersLost(
-                found=f"no encoder server answered for {self._patience_s:g} s ({tried})",
-                required="a running 'dsr-scale serve' of this run's encoders",
-                remedy=f"start it with the same run file (its registry is "
-                f"{registry_name(run)}), then give the same command again",
-            )
-        time.sleep(FIRST_PAUSE_S)
-
-    def answered(self) -> None:
-        """Somebody did."""
-        if self._since_s is not None:
-            waited_s = time.monotonic() - self._since_s
-            self._since_s = None
-            self._say(f"encoder servers answer again after {waited_s:.1f} s")
-
-    def _say(self, text: str) -> None:
-        if self._speaks:
-            print(text, file=sys.stderr, flush=True)
-
-
-def registry_name(run: RunConfig) -> str:
-    """The directory where this run looks for servers."""
-    from dsr_scale.encode_service.registry import registry_directory
-
-    return str(registry_directory(run))
-
-
 def _sorted_out(error: Any) -> Exception:
     """What a failed call means for what to do next."""
     import grpc
@@ -341,8 +314,7 @@ def _sorted_out(error: Any) -> Exception:
     match error.code():
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return _Busy()
-        # A server answers "internal" when its encoders are well and fail on this request alone.
-        case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.INTERNAL:
+        case grpc.StatusCode.INVALID_ARGUMENT:
             return _Refused(text)
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
             return _Unfit(text)

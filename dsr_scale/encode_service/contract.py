@@ -2,8 +2,9 @@
 
 Two encoders of equal contract give equal answers, so a trainer may ask either, and latents on disk may
 stand in for both. What follows from the run file is known to everyone (`expected`); what only a
-loaded encoder knows, its weights and the kind of device, is added by whoever loaded it and must then be
-the same everywhere.
+loaded encoder knows, its weights, the files beside them and the kind of device, is added by whoever
+loaded it and must then be the same everywhere. Names on the hub are compared, directories are not: two
+machines mount them where they like, and what lies in them is in the digests.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ import xxhash
 from torch import nn
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.encoders import TransformersText, VaeImage, VitImage
+from dsr_scale.config.encoders import (
+    ImageEncoderConfig,
+    PixelsImage,
+    TransformersText,
+    VaeImage,
+    VitImage,
+)
 from dsr_scale.config.run import RunConfig
 from dsr_scale.encode_service.wire import PROTOCOL
+from dsr_scale.encoders.contract import ImageEncoder, TextEncoder
+from dsr_scale.encoders.locate import is_place
 from dsr_scale.encoders.outliers import treatment_identity
 
-_PLACES = {"model", "name", "statistics", "outliers", "cache_captions"}
+_PLACES = {"model", "name", "statistics", "outliers", "cache_mib"}
 """Fields that say where something is or how much is kept, not what comes out."""
 
 
@@ -73,25 +82,32 @@ def expected(run: RunConfig) -> Contract:
         **_settings("image", image.model_dump(mode="json")),
         **_settings("text", text.model_dump(mode="json")),
     }
+    names = {
+        "image.model": _image_name(image),
+        "text.model": text.model if isinstance(text, TransformersText) else None,
+    }
+    values |= {key: name for key, name in names.items() if name and not is_place(name)}
     if isinstance(image, VitImage):
-        values["image.model"] = image.known_as
         values["image.statistics"] = _file_identity(image.statistics)
         values["image.outliers"] = treatment_identity(image.outliers)
-    elif isinstance(image, VaeImage):
-        values["image.model"] = image.model
-    if isinstance(text, TransformersText):
-        values["text.model"] = text.model
     return Contract(values)
 
 
 def served(
-    run: RunConfig, networks: Mapping[str, nn.Module | None], device: torch.device
+    run: RunConfig, image: ImageEncoder, text: TextEncoder | None, device: torch.device
 ) -> Contract:
-    """What loaded encoders fulfil: the run file's contract, their weights and the kind of device."""
+    """What loaded encoders fulfil: the run file's contract, what they read, and the kind of device.
+
+    Reads every weight; seconds for a large language model.
+    """
     values = dict(expected(run).values)
-    for name, network in networks.items():
-        if network is not None:
-            values[f"{name}.weights"] = weights_fingerprint(network)
+    for name, encoder in (("image", image), ("text", text)):
+        if encoder is None:
+            continue
+        if encoder.network is not None:
+            values[f"{name}.weights"] = weights_fingerprint(encoder.network)
+        if encoder.files_digest is not None:
+            values[f"{name}.files"] = encoder.files_digest
     values["device"] = device.type
     if device.type == "cuda":
         values["device"] += " {}.{}".format(*torch.cuda.get_device_capability(device))
@@ -106,6 +122,16 @@ def weights_fingerprint(network: nn.Module) -> str:
         content = tensor.detach().cpu().contiguous()
         state.update(memoryview(content.reshape(-1).view(torch.uint8).numpy()))
     return state.hexdigest()
+
+
+def _image_name(image: ImageEncoderConfig) -> str | None:
+    match image:
+        case VitImage():
+            return image.known_as
+        case VaeImage():
+            return image.model
+        case PixelsImage():
+            return None
 
 
 def _settings(section: str, settings: Mapping[str, Any]) -> dict[str, str]:

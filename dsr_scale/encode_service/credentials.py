@@ -130,7 +130,8 @@ def open_channel(address: str, run: RunConfig) -> grpc.Channel:
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        # Also how long a connection may take to come about, TLS included.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         # A proxy of the environment is for the internet, not for servers of this run.
         ("grpc.enable_http_proxy", 0),
@@ -142,12 +143,16 @@ def open_channel(address: str, run: RunConfig) -> grpc.Channel:
     return grpc.secure_channel(address, credentials, options=options)
 
 
-def call_metadata(run: RunConfig) -> tuple[tuple[str, str], ...]:
-    """What every call carries: the token, where there is one."""
-    directory = credentials_directory(run)
-    if run.encoder.plain or not (directory / TOKEN_FILE).exists():
+def call_metadata(address: str, run: RunConfig) -> tuple[tuple[str, str], ...]:
+    """What every call to `address` carries: the token, and nothing where it would go in clear text.
+
+    Raises InputError for an address that is none, or when the credentials are missing.
+    """
+    host, _ = split_address(address)
+    if not is_guarded(host, run):
         return ()
-    return ((wire.TOKEN_METADATA, f"Bearer {read_credentials(directory).token}"),)
+    token = read_credentials(credentials_directory(run)).token
+    return ((wire.TOKEN_METADATA, f"Bearer {token}"),)
 
 
 def _write_new(directory: Path) -> None:

@@ -23,11 +23,14 @@ import torch
 
 from dsr_scale.base.atomic_files import require_writable_directory, storage_errors, write_bytes
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.encoder_checks import changing_view_problems
+from dsr_scale.config.problems import raise_problems
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.file_locks import locked
 from dsr_scale.data.loader import open_samples
 from dsr_scale.data.manifest import write_sizes
 from dsr_scale.data.samples import Samples, UnusableRecord
+from dsr_scale.data.shares import WHOLE, Share
 from dsr_scale.encode_service.cache_format import (
     COUNTS_NAME,
     INDEX_NAME,
@@ -37,10 +40,10 @@ from dsr_scale.encode_service.cache_format import (
     missing_units,
     planned_manifest,
     read_manifest,
-    refuse_changing_views,
     unit_name,
     write_manifest,
 )
+from dsr_scale.encode_service.cache_shards import CacheShards
 from dsr_scale.encode_service.contract import expected
 from dsr_scale.encode_service.fill_unit import (
     LOCKS_NAME,
@@ -57,16 +60,6 @@ BATCH_IMAGES = 32
 _WRITES_AHEAD = 2
 _PROBED_SAMPLES = 16
 _CLAIM_LOCK = ".claim.lock"
-
-
-class Share(NamedTuple):
-    """Part `index` of `of`: every `of`-th unit, 0 ≤ index < of."""
-
-    index: int = 0
-    of: int = 1
-
-
-WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -100,13 +93,13 @@ def fill(
     decode_threads: int = 4,
     progress: Callable[[FillProgress], None] | None = None,
 ) -> FillReport:
-    """Encodes this share of `run.data` into `out`, continuing what is there.
+    """Encodes this share of `run.data`, every `share.of`-th unit, into `out`, continuing what is there.
 
     The result is the same for any shares and interruptions. Raises InputError for random crops and
     buckets, for an `out` that was filled from other data or by other encoders, or holds something
     else, and for too little room.
     """
-    refuse_changing_views(run)
+    raise_problems("the run", list(changing_view_problems(run)))
     samples = open_samples(run.data)
     planned = planned_manifest(run, samples, expected(run))
     require_writable_directory(out)
@@ -297,13 +290,14 @@ def _probed_text_bytes(samples: Samples, manifest: CacheManifest, encoders: Loca
 
 
 def _finish(out: Path, images: int) -> FillReport:
-    """Writes counts and the joined index if all units are there."""
+    """Writes counts and the joined index if all units are there. Raises InputError for cut shards."""
     manifest = read_manifest(out)
     assert manifest is not None
     missing = missing_units(out, manifest)
     if missing:
         return FillReport(images, len(missing), {})
     if not images and (out / INDEX_NAME).is_file() and manifest.counts is not None:
+        CacheShards(out).require_whole()
         return FillReport(0, 0, dict(manifest.counts))
     counts: Counter[str] = Counter()
     shards = []
@@ -324,4 +318,5 @@ def _finish(out: Path, images: int) -> FillReport:
         (out / _CLAIM_LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             (out / LOCKS_NAME).rmdir()
+    CacheShards(out).require_whole()
     return FillReport(images, 0, dict(counts))

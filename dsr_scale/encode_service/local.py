@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.encoded import Encoded
 from dsr_scale.encode_service.contract import Contract, served
@@ -24,15 +24,20 @@ from dsr_scale.encoders.contract import (
 class LocalEncoders:
     """Both encoders, and what they promise."""
 
-    config: EncodersConfig
+    run: RunConfig
+    device: torch.device
     image: ImageEncoder
     text: TextEncoder | None
-    contract: Contract
+
+    @functools.cached_property
+    def contract(self) -> Contract:
+        """What they promise. Computed when it is first asked for, since that reads every weight."""
+        return served(self.run, self.image, self.text, self.device)
 
     @torch.inference_mode()
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B,3,H,W] → [B,C,h,w] in `encoders.latent_dtype`, on the host."""
-        return rounded(self.image.encode(images), self.config).cpu()
+        return rounded(self.image.encode(images), self.run.encoders).cpu()
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor, captions: Sequence[str]) -> Encoded:
@@ -48,5 +53,4 @@ def build_local(run: RunConfig, device: torch.device) -> LocalEncoders:
     """Loads the encoders that `run` names. Raises InputError as they do."""
     image = build_image_encoder(run.encoders.image, resolution=run.data.resolution, device=device)
     text = build_text_encoder(run.encoders.text, device=device)
-    networks = {"image": image.network, "text": None if text is None else text.network}
-    return LocalEncoders(run.encoders, image, text, served(run, networks, device))
+    return LocalEncoders(run, device, image, text)

@@ -28,6 +28,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from dsr_scale.base.errors import InputError
+from dsr_scale.encode_service.addresses import join_address
+
 RATE_WINDOW_S = 10.0
 LATENCY_WINDOW_S = 60.0
 _MOST_SAMPLES = 10_000
@@ -138,8 +141,13 @@ def resident_bytes() -> float:
 
 
 @contextlib.contextmanager
-def metrics_page(host: str, metrics: ServerMetrics, healthy: Callable[[], bool]) -> Iterator[int]:
-    """While entered, serves /metrics and /healthz on a free port of `host`, which it gives."""
+def metrics_page(
+    host: str, port: int, metrics: ServerMetrics, healthy: Callable[[], bool]
+) -> Iterator[int]:
+    """While entered, serves /metrics and /healthz on `port` of `host`, 0 for a free one; gives the port.
+
+    Raises InputError when the port is taken.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 10
@@ -169,7 +177,14 @@ def metrics_page(host: str, metrics: ServerMetrics, healthy: Callable[[], bool])
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         daemon_threads = True
 
-    page = Page((host, 0), Handler)
+    try:
+        page = Page((host, port), Handler)
+    except OSError as error:
+        raise InputError(
+            found=f"{join_address(host, port)} for the metrics page: {error.strerror}",
+            required="a free port",
+            remedy="stop what uses it, or set encoder.server.metrics_port; 0 takes a free one",
+        ) from error
     # A short poll: shutting down waits for it.
     thread = threading.Thread(target=page.serve_forever, args=(0.05,), daemon=True)
     thread.start()

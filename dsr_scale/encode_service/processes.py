@@ -1,6 +1,8 @@
 """One server process for each device, watched: what dies is started again, a few times.
 
-A server that breaks takes nothing with it, clients ask the others meanwhile. Processes are spawned, not
+A server that breaks takes nothing with it, clients ask the others meanwhile. An input error ends all
+only from a server that has never been ready: then it is the person's to correct. One that has been was
+started with the same settings, so what it meets now (a disk that is away) may pass. Processes are spawned, not
 forked, since neither CUDA nor gRPC survives a fork.
 """
 
@@ -45,8 +47,10 @@ class _Place:
 
     device: torch.device
     listen: str
+    metrics_port: int
     process: BaseProcess | None = None
     messages: Connection | None = None
+    was_ready: bool = False
     started_s: float = 0.0
     restarts: int = 0
     start_at_s: float | None = 0.0
@@ -94,11 +98,16 @@ class Servers:
     ) -> None:
         """`ready` hears of each server that can be asked, `say` of what died and what becomes of it."""
         host, port = split_address(run.encoder.server.listen)
+        metrics_port = run.encoder.server.metrics_port
         self._run = run
         self._ready = ready
         self._say = say
         self._places = [
-            _Place(device, join_address(host, port + number if port else 0))
+            _Place(
+                device,
+                join_address(host, port + number if port else 0),
+                metrics_port + number if metrics_port else 0,
+            )
             for number, device in enumerate(devices)
         ]
         self._signals: list[int] = []
@@ -106,7 +115,7 @@ class Servers:
     def watch(self) -> int:
         """Starts and restarts until a signal or until no server is left; the exit status.
 
-        Raises InputError when a server meets one.
+        Raises InputError when a server meets one before it was ever ready.
         """
         try:
             with self._listening_to_signals():
@@ -125,7 +134,9 @@ class Servers:
         context = multiprocessing.get_context("spawn")
         place.messages, theirs = context.Pipe(duplex=False)
         place.process = context.Process(
-            target=_serve, args=(self._run, place.device, place.listen, theirs), daemon=True
+            target=_serve,
+            args=(self._run, place.device, place.listen, theirs, place.metrics_port),
+            daemon=True,
         )
         # Ctrl-C reaches the whole process group, but when to end is this process's decision.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -146,9 +157,13 @@ class Servers:
             except EOFError:
                 self._died(place)
                 continue
-            if isinstance(message, InputError):
+            if not isinstance(message, InputError):
+                place.was_ready = True
+                self._ready(message)
+            elif place.was_ready:
+                self._say(f"server on {place.device} cannot start: {message.found}")
+            else:
                 raise message
-            self._ready(message)
 
     def _died(self, place: _Place) -> None:
         assert place.process is not None and place.messages is not None
@@ -197,8 +212,10 @@ class Servers:
                 signal.signal(number, handler)
 
 
-def _serve(run: RunConfig, device: torch.device, listen: str, messages: Connection) -> None:
-    run_server(run, device, listen, messages.send)
+def _serve(
+    run: RunConfig, device: torch.device, listen: str, messages: Connection, metrics_port: int
+) -> None:
+    run_server(run, device, listen, messages.send, metrics_port)
 
 
 def _devices(run: RunConfig) -> list[torch.device]:

@@ -33,6 +33,11 @@ class ServiceText:
         """There are no weights here."""
         return None
 
+    @property
+    def files_digest(self) -> str | None:
+        """Nothing is read here; servers tell in their contract."""
+        return None
+
     def encode(self, captions: Sequence[str]) -> TextTokens:
         """B captions → tokens and mask on the device. Raises as `ServiceClient.encode`."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]

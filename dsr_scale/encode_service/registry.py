@@ -2,7 +2,7 @@
 
 A server writes its file when it can answer and removes it when it stops cleanly. After `kill -9` or a
 lost node the file stays: the next server on that machine sweeps it up, and until then clients merely
-fail to connect. There is no heartbeat: clocks and caches of shared disks make one unreliable, and
+fail to connect. Files and loopback addresses belong to a machine, since many may share the disk. There is no heartbeat: clocks and caches of shared disks make one unreliable, and
 clients find out who is alive by asking.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.run import RunConfig
-from dsr_scale.encode_service.addresses import split_address
+from dsr_scale.encode_service.addresses import is_loopback, split_address
 
 _PROBE_S = 0.5
 _FIELD_START_TIME = 19
@@ -54,9 +54,10 @@ def announced(directory: Path, address: str, metrics_address: str) -> Iterator[P
     """
     remove_dead(directory)
     host, port = split_address(address)
-    path = directory / f"{host.replace(':', '_').replace('/', '_')}-{port}.json"
-    process = os.getpid()
-    entry = Entry(address, metrics_address, socket.gethostname(), process, _start_time(process))
+    machine, process = socket.gethostname(), os.getpid()
+    name = f"{machine}-{host}-{port}".replace(":", "_").replace("/", "_")
+    path = directory / f"{name}.json"
+    entry = Entry(address, metrics_address, machine, process, _start_time(process))
     atomic_files.write_json(path, asdict(entry))
     try:
         yield path
@@ -73,8 +74,18 @@ def entries_in(directory: Path) -> list[tuple[Path, Entry]]:
 
 
 def servers_in(directory: Path) -> list[str]:
-    """Addresses of the servers that stand in `directory`, sorted."""
-    return sorted({entry.address for _, entry in entries_in(directory)})
+    """Addresses of the servers in `directory` that this machine can reach, sorted.
+
+    A loopback address of another machine would lead to whoever has that port here.
+    """
+    here = socket.gethostname()
+    return sorted(
+        {
+            entry.address
+            for _, entry in entries_in(directory)
+            if entry.machine == here or not is_loopback(split_address(entry.address)[0])
+        }
+    )
 
 
 def remove_dead(directory: Path) -> None:

@@ -49,11 +49,6 @@ class RollingCache:
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
             self._stop_reading(error)
 
-    @property
-    def volume_bytes(self) -> int:
-        """What the cache takes on disk, 0 when it is out of use."""
-        return self._cache.volume() if self._readable else 0
-
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key, None for what is not there or damaged."""
         if not self._readable:

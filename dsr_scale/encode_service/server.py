@@ -39,6 +39,8 @@ HELLO_S = 10.0
 """How long a call may be open without a first message."""
 CREDIT_WAIT_S = 1.0
 """How long a call waits for a credit before the client is sent elsewhere."""
+ABORT_S = 1.0
+"""How long an error may take to leave."""
 MOST_CALLS = 1024
 """Calls open at once, health checks and waiting ones included; gRPC refuses the rest."""
 LARGEST_ANSWER = 8
@@ -124,32 +126,45 @@ class EncoderServicer:
             return await context.abort(refusal.code, str(refusal))
 
     async def _encode(self, _messages: Any, context: Any) -> None:
-        outcome = "internal"
+        refused = await self._refused(context)
+        if refused is None:
+            return
+        # Out here nothing holds on to the answer any more.
+        try:
+            async with asyncio.timeout(ABORT_S):
+                await context.abort(refused.code, str(refused))
+        except TimeoutError:
+            # The client does not read, so what was written keeps the status from leaving.
+            raise asyncio.CancelledError from None
+
+    async def _refused(self, context: Any) -> Refused | None:
+        """Answers a call, or says why not; counts how it ended."""
+        invalid = grpc.StatusCode.INVALID_ARGUMENT
+        outcome, refused = "internal", None
         progress = _Progress()
         try:
             await self._converse(context, progress)
             outcome = "ok"
         except Refused as refusal:
-            outcome = refusal.outcome
-            await context.abort(refusal.code, str(refusal))
+            outcome, refused = refusal.outcome, refusal.with_traceback(None)
         except wire.MalformedMessage as error:
-            outcome = "malformed"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            outcome, refused = "malformed", Refused("malformed", invalid, str(error))
         except InputError as error:
-            outcome = "invalid"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            outcome, refused = "invalid", Refused("invalid", invalid, str(error))
         except TimeoutError:
             outcome = "late"
             text = f"not finished after {self._run.encoder.request_timeout_s:g} s"
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            refused = Refused("late", grpc.StatusCode.DEADLINE_EXCEEDED, text)
         except asyncio.CancelledError:
             outcome = "ok" if progress.answered else "gone"
             raise
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
-            await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            refused = Refused("internal", grpc.StatusCode.INTERNAL, text)
         finally:
             self._metrics.requests.labels(outcome).inc()
+        return refused
 
     async def _converse(self, context: Any, progress: _Progress) -> None:
         loaded = self._admitted(context)
@@ -175,8 +190,9 @@ class EncoderServicer:
                 if loaded.stored is not None and new:
                     storing = self._in(self._decoders, loaded.stored.keep, new)
                 answer = wire.reply_chunks(encoded, loaded.contract.fingerprint)
+                # The first chunk needs the checksum of all, the others are mere copies.
                 chunk = await self._in(self._receivers, next, answer)
-                while (after := await self._in(self._receivers, next, answer, None)) is not None:
+                for after in answer:
                     await context.write(chunk)
                     chunk = after
                 if storing is not None:

@@ -3,7 +3,7 @@
 It answers from the start, with NOT_SERVING and UNAVAILABLE, so that a client never hangs on a server
 that is loading; it stands in the registry only while it can encode. On SIGTERM it leaves the registry,
 lets the requests that have a credit finish, for a bounded time, and ends with status 0. If its device
-breaks it ends at once with `BROKEN_DEVICE`, and whoever started it may start it anew.
+breaks or hangs it ends at once with `BROKEN_DEVICE`, and whoever started it may start it anew.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dsr_scale.encode_service.server import MOST_CALLS, EncoderServicer, Loaded
 from dsr_scale.encode_service.stored_latents import open_stored
 
 BROKEN_DEVICE = 70
-"""Exit status when the device cannot encode any more."""
+"""Exit status when the device cannot encode any more, or hangs."""
 
 DRAIN_S = 20.0
 """How long requests that are inside may take to finish: Slurm kills 30 s after SIGTERM."""
@@ -104,7 +104,11 @@ class Stop:
 
 
 def run_server(
-    run: RunConfig, device: torch.device, listen: str, tell: Callable[[Ready | InputError], Any]
+    run: RunConfig,
+    device: torch.device,
+    listen: str,
+    tell: Callable[[Ready | InputError], Any],
+    metrics_port: int = 0,
 ) -> None:
     """The whole life of a server process; ends it. `tell` gets what to show to the person.
 
@@ -121,7 +125,7 @@ def run_server(
     async def life() -> int:
         stop = Stop()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.ask)
-        return await serve(run, device, listen, tell, stop)
+        return await serve(run, device, listen, tell, stop, metrics_port)
 
     try:
         status = asyncio.run(life())
@@ -140,6 +144,7 @@ async def serve(
     listen: str,
     ready: Callable[[Ready], Any],
     stop: Stop,
+    metrics_port: int = 0,
 ) -> int:
     """Serves until `stop`; the exit status. Raises InputError for settings, files and addresses."""
     host, _ = split_address(listen)
@@ -150,7 +155,7 @@ async def serve(
     checker = health.aio.HealthServicer()  # type: ignore[attr-defined]
     with ExitStack() as opened:
         opened.callback(servicer.close)
-        page = metrics_page(host, metrics, lambda: servicer.serving)
+        page = metrics_page(host, metrics_port, metrics, lambda: servicer.serving)
         server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
         server.add_generic_rpc_handlers((servicer.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)
@@ -199,7 +204,9 @@ def _load(run: RunConfig, device: torch.device, metrics: ServerMetrics, stop: St
         stop.ask(BROKEN_DEVICE)
 
     encoders = build_local(run, device)
-    thread = DeviceThread(encoders, device, settings, metrics, broken)
+    thread = DeviceThread(
+        encoders, device, settings, metrics, broken, run.encoder.request_timeout_s
+    )
     size = thread.start(run.data.resolution)
     stored = open_stored(settings, encoders.contract.fingerprint, size.dtype)
     return Loaded(encoders.contract, thread, size, stored)

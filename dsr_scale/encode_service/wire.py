@@ -27,6 +27,8 @@ import xxhash
 
 from dsr_scale.data.encoded import Encoded, Row
 from dsr_scale.data.transforms import View
+from dsr_scale.encode_service.answers import Expected, ExpectedTokens
+from dsr_scale.encoders.text_bytes import PADDING_ID
 
 PROTOCOL = 1
 """Raised when a message changes its meaning."""
@@ -39,7 +41,6 @@ TOKEN_METADATA = "authorization"
 
 CREDIT = b"credit"
 CHUNK_BYTES = 4 << 20
-LIMIT_REPLY_BYTES = 4 << 30
 MOST_ROWS = 4096
 LARGEST_SIDE = 16_384
 """Pixels; larger targets are refused before anything is allocated."""
@@ -84,7 +85,9 @@ def receive(messages: Iterable[bytes], limit_bytes: int) -> tuple[dict[str, Any]
     size, checksum = _PREAMBLE.unpack(preamble)
     if not _HEADER.size <= size <= limit_bytes:
         raise MalformedMessage(f"{size} bytes announced, {limit_bytes} allowed")
-    body = bytearray(size)
+    # A bytearray would be filled with zeros first.
+    buffer: Any = np.empty(size, np.uint8)
+    body = memoryview(buffer)
     filled = 0
     while filled < size:
         piece = next(source, None)
@@ -101,12 +104,12 @@ def receive(messages: Iterable[bytes], limit_bytes: int) -> tuple[dict[str, Any]
     if end > size:
         raise MalformedMessage(f"a header of {header_size} bytes in a message of {size}")
     try:
-        header = json.loads(body[_HEADER.size : end])
+        header = json.loads(bytes(body[_HEADER.size : end]))
     except (ValueError, RecursionError) as error:
         raise MalformedMessage(f"no JSON header: {error}") from error
     if not isinstance(header, dict):
         raise MalformedMessage("the header is no JSON object")
-    return header, memoryview(body)[end:]
+    return header, body[end:]
 
 
 @dataclass(frozen=True)
@@ -182,53 +185,72 @@ def reply_chunks(encoded: Encoded, contract: str) -> Iterator[bytes]:
             kept = kept.to(torch.int16)
         header["tokens"] = _described(kept)
         header["lengths"] = encoded.mask.sum(dim=1).tolist()
-        header["text_length"] = encoded.mask.shape[1]
         payload.append(_buffer(kept))
     return chunks(header, payload)
 
 
-def receive_reply(messages: Iterable[bytes], contract: str, rows: int, padding: int) -> Encoded:
-    """Reads and checks the answer to a request of `rows` rows; ids are padded with `padding`.
+def receive_reply(
+    messages: Iterable[bytes], contract: str, rows: int, expected: Expected
+) -> Encoded:
+    """Reads and checks the answer to a request of `rows` rows.
 
-    Raises MalformedMessage when it is damaged, of another contract or not an answer to that.
+    Raises MalformedMessage when it is damaged, of another contract or not what is `expected`.
     """
-    header, payload = receive(messages, LIMIT_REPLY_BYTES)
+    header, payload = receive(messages, expected.most_bytes(rows))
     try:
-        return _checked_reply(header, payload, contract, rows, padding)
+        return _checked_reply(header, payload, contract, rows, expected)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise MalformedMessage(f"a header that is no answer: {error!r}") from error
 
 
 def _checked_reply(
-    header: dict[str, Any], payload: memoryview, contract: str, rows: int, padding: int
+    header: dict[str, Any], payload: memoryview, contract: str, rows: int, expected: Expected
 ) -> Encoded:
     if header["contract"] != contract:
         raise MalformedMessage(f"an answer of contract {header['contract']}, asked was {contract}")
     latents, rest = _tensor(header["latents"], payload)
-    if latents.ndim != 4 or len(latents) != rows:
-        raise MalformedMessage(f"latents {list(latents.shape)} for {rows} rows")
+    _require(latents, (rows, *expected.latents), expected.latent_dtype, "latents")
     failures = {int(row): _string(reason) for row, reason in header["failures"].items()}
     if not all(0 <= row < rows for row in failures):
         raise MalformedMessage(f"failures of rows {sorted(failures)} among {rows}")
-    if "tokens" not in header:
+    if expected.tokens is None:
         if len(rest):
             raise MalformedMessage(f"{len(rest)} bytes of payload too many")
         return Encoded(latents, None, None, failures)
-    kept, rest = _tensor(header["tokens"], rest)
+    tokens, mask = _checked_tokens(header, rest, rows, expected.tokens)
+    return Encoded(latents, tokens, mask, failures)
+
+
+def _checked_tokens(
+    header: dict[str, Any], payload: memoryview, rows: int, expected: ExpectedTokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded tokens and mask."""
+    kept, rest = _tensor(header["tokens"], payload)
     if len(rest):
         raise MalformedMessage(f"{len(rest)} bytes of payload too many")
-    length = _integer(header["text_length"], 1, 1 << 20)
+    length = expected.length
     lengths = torch.tensor([_integer(n, 0, length) for n in header["lengths"]])
-    if len(lengths) != rows or int(lengths.sum()) != len(kept):
-        raise MalformedMessage(f"{len(lengths)} captions with {len(kept)} tokens for {rows} rows")
+    if len(lengths) != rows:
+        raise MalformedMessage(f"{len(lengths)} captions for {rows} rows")
     mask = torch.arange(length) < lengths[:, None]
-    if kept.dtype == torch.int16:
-        tokens = torch.full((rows, length), padding, dtype=torch.int64)
+    count = int(lengths.sum())
+    if expected.channels is None:
+        _require(kept, (count,), expected.dtype, "byte ids")
         kept = kept.to(torch.int64)
+        tokens = torch.full((rows, length), PADDING_ID, dtype=torch.int64)
     else:
-        tokens = torch.zeros(rows, length, *kept.shape[1:], dtype=kept.dtype)
+        _require(kept, (count, expected.channels), expected.dtype, "caption features")
+        tokens = torch.zeros(rows, length, expected.channels, dtype=expected.dtype)
     tokens[mask] = kept
-    return Encoded(latents, tokens, mask, failures)
+    return tokens, mask
+
+
+def _require(got: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+    if got.shape != shape or got.dtype != dtype:
+        raise MalformedMessage(
+            f"{what} {list(got.shape)} in {_NAMES[got.dtype]}, "
+            f"expected {list(shape)} in {_NAMES[dtype]}"
+        )
 
 
 def _image(kind: Any, content: memoryview, height: int, width: int) -> bytes | np.ndarray:

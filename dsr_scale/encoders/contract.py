@@ -46,6 +46,11 @@ class ImageEncoder(Protocol):
         """What holds the weights, if anything does."""
         ...
 
+    @property
+    def files_digest(self) -> str | None:
+        """Of what was read from files beside the weights and decides results; None for nothing."""
+        ...
+
     def encode(self, images: Tensor) -> Tensor:
         """uint8 [B,3,H,W] → float32 latents [B,C,h,w] on the encoder's device."""
         ...
@@ -67,6 +72,11 @@ class TextEncoder(Protocol):
     @property
     def network(self) -> nn.Module | None:
         """What holds the weights, if anything does."""
+        ...
+
+    @property
+    def files_digest(self) -> str | None:
+        """Of what was read from files beside the weights and decides results; None for nothing."""
         ...
 
     def encode(self, captions: Sequence[str]) -> TextTokens:

@@ -33,6 +33,16 @@ class Location(NamedTuple):
         return Path(self.source).is_absolute()
 
 
+def is_place(model: str) -> bool:
+    """Whether `model` of a config says where weights lie, and not what they are called on the hub.
+
+    A relative path without dots before it is one only where that directory exists.
+    """
+    if model.startswith((PACKAGE_SCHEME, "/", "~", "./", "../")):
+        return True
+    return Path(model).is_dir() or not _HUB_NAME.fullmatch(model)
+
+
 def locate(
     model: str,
     revision: str | None = None,

@@ -26,6 +26,11 @@ class PixelsEncoder:
         return None
 
     @property
+    def files_digest(self) -> str | None:
+        """Nothing is read from files."""
+        return None
+
+    @property
     def channels(self) -> int:
         """C = 3·patch²."""
         return 3 * self.patch**2

@@ -25,6 +25,11 @@ class BytesEncoder:
         """There are no weights."""
         return None
 
+    @property
+    def files_digest(self) -> str | None:
+        """Nothing is read from files."""
+        return None
+
     def encode(self, captions: Sequence[str]) -> TextTokens:
         """B captions → ids int64 [B,L] and mask [B,L], cut to whole characters within L bytes."""
         tokens = torch.full((len(captions), self.max_length), PADDING_ID, dtype=torch.int64)

@@ -3,14 +3,12 @@
 Captions are padded on the right to one fixed length, and run in chunks of one fixed number of them:
 libraries choose kernels by size, and only equal sizes give equal bits. So what a caption gives does
 not depend on its neighbours, nor on which of them were cached (after a resume none is). The price is
-up to `CHUNK_CAPTIONS` − 1 empty captions per call. Results are kept in host memory without their
-padding, least recently used first out: a caption seen again costs a copy instead of a forward pass.
-The null caption, "" in the template, is never put out: guidance asks for it with every batch.
+up to `CHUNK_CAPTIONS` − 1 empty captions per call. Results are kept in host memory
+(`caption_cache.py`): a caption seen again costs a copy instead of a forward pass.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -18,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
+from dsr_scale.encoders.caption_cache import NULL_CAPTION, CaptionCache
 from dsr_scale.encoders.contract import TextTokens
+from dsr_scale.encoders.identity import settings_digest, tokenizer_digest
 from dsr_scale.encoders.loading import TORCH_DTYPES
 from dsr_scale.encoders.text_models import load_language_model, prefix_mask
 
 CHUNK_CAPTIONS = 16
 """Captions in every forward pass: enough to fill a GPU, few enough that one prompt is cheap."""
-
-NULL_CAPTION = ""
 
 
 class TransformersEncoder:
@@ -35,12 +33,23 @@ class TransformersEncoder:
         self.config = config
         self.device = device
         self.language_model = load_language_model(config, device=device)
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache = CaptionCache(config.cache_mib << 20)
 
     @property
     def network(self) -> nn.Module | None:
         """What holds the weights."""
         return self.language_model.network
+
+    @property
+    def files_digest(self) -> str | None:
+        """Of the network's config and the tokenizer."""
+        model = self.language_model
+        return settings_digest(
+            {
+                **model.network.config.to_diff_dict(),
+                "tokenizer": tokenizer_digest(model.tokenizer),
+            }
+        )
 
     def encode(self, captions: Sequence[str]) -> TextTokens:
         """B captions → features [B,L,C] and mask [B,L]; each distinct new caption is run once."""
@@ -51,7 +60,8 @@ class TransformersEncoder:
         if new:
             features, lengths = self._run(new)
             parts.append((features, lengths))
-            self._store(new, features, lengths)
+            for caption, row, length in zip(new, features.cpu(), lengths.tolist(), strict=True):
+                self._cache.put(caption, row[:length])
         row_of = {caption: row for row, caption in enumerate([*known, *new])}
         rows = torch.tensor([row_of[caption] for caption in captions], dtype=torch.int64)
         length = torch.cat([part[1] for part in parts])[rows].to(self.device)
@@ -70,9 +80,7 @@ class TransformersEncoder:
         return features[: len(captions)], lengths[: len(captions)]
 
     def _stored(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        rows = [self._cache[caption] for caption in captions]
-        for caption in captions:
-            self._cache.move_to_end(caption)
+        rows = [self._cache.get(caption) for caption in captions]
         lengths = torch.tensor([len(row) for row in rows])
         features = torch.zeros(
             len(rows),
@@ -83,14 +91,3 @@ class TransformersEncoder:
         padded = pad_sequence(rows, batch_first=True)
         features[:, : padded.shape[1]] = padded
         return features.to(self.device), lengths
-
-    def _store(self, captions: list[str], features: Tensor, lengths: Tensor) -> None:
-        if not self.config.cache_captions:
-            return
-        host = features.cpu()
-        for caption, row, length in zip(captions, host, lengths.tolist(), strict=True):
-            self._cache[caption] = row[:length].clone()
-        if NULL_CAPTION in self._cache:
-            self._cache.move_to_end(NULL_CAPTION)
-        while len(self._cache) > self.config.cache_captions:
-            self._cache.popitem(last=False)

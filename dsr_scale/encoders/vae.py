@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dsr_scale.config.encoders import Dtype, VaeDecoder, VaeImage
 from dsr_scale.encoders.chunks import encode_in_chunks
+from dsr_scale.encoders.identity import settings_digest
 from dsr_scale.encoders.loading import load_autoencoder, require_equal
 from dsr_scale.encoders.locate import locate
 from dsr_scale.encoders.pixels import from_uint8, to_uint8
@@ -32,6 +33,11 @@ class VaeEncoder:
     def network(self) -> nn.Module | None:
         """What holds the weights."""
         return self.vae
+
+    @property
+    def files_digest(self) -> str | None:
+        """Of the autoencoder's config, shift and scale among it."""
+        return settings_digest(self.vae.config)
 
     @property
     def channels(self) -> int:

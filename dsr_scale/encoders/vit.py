@@ -23,6 +23,7 @@ from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.config.derive import latent_grid, vit_geometry
 from dsr_scale.config.encoders import EncodersConfig, VitImage
 from dsr_scale.encoders.chunks import encode_in_chunks
+from dsr_scale.encoders.identity import settings_digest
 from dsr_scale.encoders.loading import load_transformer, loading_errors, require_equal
 from dsr_scale.encoders.locate import Location, locate
 from dsr_scale.encoders.outliers import (
@@ -99,6 +100,12 @@ class VitEncoder:
     def network(self) -> nn.Module | None:
         """What holds the weights."""
         return self.model
+
+    @property
+    def files_digest(self) -> str | None:
+        """Of the network's config and the pixel normalisation."""
+        normalisation = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return settings_digest({**self.model.config.to_diff_dict(), "pixels": normalisation})
 
     @property
     def channels(self) -> int:

@@ -27,7 +27,7 @@ from dsr_scale.parallel import groups
 from dsr_scale.telemetry.metrics import MetricsLog
 from dsr_scale.telemetry.progress import training_bar
 from dsr_scale.train import resume
-from dsr_scale.train.arrival import Arrivals, lost_elsewhere
+from dsr_scale.train.arrival import Arrivals, failure_elsewhere
 from dsr_scale.train.build import Training, build_training, check_before_start
 from dsr_scale.train.feed import StepData
 from dsr_scale.train.grids import TrainingGrids
@@ -100,7 +100,7 @@ class _Loop:
             training.feed.steps(self.state.step),
             may_wait_long=training.run.encoder.mode == "service",
         )
-        self.encoders_lost = False
+        self.data_failed = False
 
     def _open_log(self) -> MetricsLog | None:
         """The first rank's log; its failure, say wandb without a key, is everyone's."""
@@ -139,8 +139,8 @@ class _Loop:
                 if self.state.step < steps:
                     upcoming = self.arrivals.next(request)
                     asked, _ = self._agree(request)
-                    if self.encoders_lost:
-                        raise self.arrivals.lost or lost_elsewhere()
+                    if self.data_failed:
+                        raise self.arrivals.failure or failure_elsewhere()
                     if asked:
                         stopped_by = request.signal_name or OTHER_RANK
                 while self.state.step < steps and stopped_by is None:
@@ -154,9 +154,9 @@ class _Loop:
                     # A grace period is for the save: it comes before the grid, which a stop skips.
                     if asked or last or self._due(self.training.run.checkpoint.every_steps):
                         self._save()
-                    if self.encoders_lost:
+                    if self.data_failed:
                         self.writer.wait()
-                        raise self.arrivals.lost or lost_elsewhere()
+                        raise self.arrivals.failure or failure_elsewhere()
                     if asked and not last:
                         stopped_by = request.signal_name or OTHER_RANK
                     elif self.grids is not None and self._due(self.grids.every_steps):
@@ -210,18 +210,18 @@ class _Loop:
 
     def _agree(self, request: StopRequest, corrupt: int = 0) -> tuple[bool, int]:
         """What any rank knows, all know: whether to stop, and how many images were unusable."""
-        corrupt_sum, stops, failed_saves, lost = self.training.ranks.sum_on_host(
+        corrupt_sum, stops, failed_saves, failures = self.training.ranks.sum_on_host(
             [
                 float(corrupt),
                 float(request.signal_name is not None),
                 float(self.writer.poll()),
-                float(self.arrivals.lost is not None),
+                float(self.arrivals.failure is not None),
             ]
         )
         if failed_saves:
             self.writer.wait()
-        self.encoders_lost = lost > 0
-        return stops + lost > 0, int(corrupt_sum)
+        self.data_failed = failures > 0
+        return stops + failures > 0, int(corrupt_sum)
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Takes in what became of steps; names the samples of a skipped one, stops after too many."""

@@ -42,10 +42,10 @@ class StopRequest:
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
         """Inside, a signal raises Interrupted at once: for waits that may be as long as an outage."""
-        if self.signal_name is not None:
-            raise Interrupted
-        self._waiting = True
         try:
+            self._waiting = True
+            if self.signal_name is not None:
+                raise Interrupted
             yield
         finally:
             self._waiting = False
@@ -55,4 +55,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         if self._waiting:
+            self._waiting = False
             raise Interrupted

@@ -7,9 +7,10 @@ written to the run directory, so that a run never goes on with other encoders un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
@@ -19,10 +20,14 @@ from dsr_scale.config.run import RunConfig
 from dsr_scale.data.encoded import RowEncoder
 from dsr_scale.data.loader import open_samples
 from dsr_scale.data.samples import Samples
-from dsr_scale.encode_service.contract import Contract, served
-from dsr_scale.encoders.contract import build_image_encoder, build_text_encoder
+from dsr_scale.encode_service.contract import Contract
+from dsr_scale.encode_service.local import build_local
+from dsr_scale.encoders.contract import build_text_encoder
 from dsr_scale.parallel.groups import Ranks
 from dsr_scale.train.objective import Encoders
+
+if TYPE_CHECKING:
+    from dsr_scale.encode_service.prompts import ServiceText
 
 CONTRACT_FILE = "encoders.json"
 
@@ -64,11 +69,9 @@ def _inline(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract | None]:
     if not ranks.leads_replica:
         return Source(samples, None, None, "fork"), None
     device = ranks.device
-    image = build_image_encoder(run.encoders.image, resolution=run.data.resolution, device=device)
-    text = build_text_encoder(run.encoders.text, device=device)
-    networks = {"image": image.network, "text": None if text is None else text.network}
-    contract = served(run, networks, device) if ranks.is_first else None
-    return Source(samples, None, Encoders(run.encoders, image, text, device), "fork"), contract
+    local = build_local(run, device)
+    encoders = Encoders(run.encoders, local.image, local.text, device)
+    return Source(samples, None, encoders, "fork"), local.contract if ranks.is_first else None
 
 
 def _service(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract]:
@@ -80,13 +83,20 @@ def _service(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract]:
     contract = ranks.on_first(stranger.agree)
     client = stranger.bound_to(contract)
     stranger.close()
+    has_text = not isinstance(run.encoders.text, NoText)
+    prompts = ServiceText(client, ranks.device) if has_text else None
+    if prompts is not None and run.grid.every_steps is not None:
+        # Now, so that no grid has to wait for servers in the middle of a run.
+        ranks.on_first(lambda: _ask_ahead(prompts, run.grid.prompts))
     encoders = None
     if ranks.leads_replica:
-        has_text = not isinstance(run.encoders.text, NoText)
-        prompts = ServiceText(client, ranks.device) if has_text else None
         encoders = Encoders(run.encoders, None, prompts, ranks.device)
     # gRPC, which this process has used by now, does not survive a fork.
     return Source(samples, client, encoders, "spawn"), contract
+
+
+def _ask_ahead(prompts: ServiceText, captions: Sequence[str]) -> None:
+    prompts.encode(captions)
 
 
 def _cache(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract]:

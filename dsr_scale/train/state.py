@@ -73,7 +73,7 @@ FREE_TO_CHANGE = {
         "max_corrupt_rate",
     },
     "encoders": {"decoder"},
-    "encoders.text": {"cache_captions"},
+    "encoders.text": {"cache_mib"},
 }
 """Sections that decide what a sample is and what is learned from it, and their fields that do not.
 Data that moved is recognised by its fingerprint."""

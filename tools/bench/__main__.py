@@ -22,6 +22,7 @@ BENCHMARKS = (
     "checkpoint",
     "bubble",
     "encoder_service",
+    "latent_sources",
     "gpu_step",
     "gpu_encoders",
 )

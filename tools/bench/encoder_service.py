@@ -197,18 +197,19 @@ def encode(sizes: Sizes, settings: Settings) -> Part:
 def transport(sizes: Sizes, settings: Settings) -> Part:
     """Answers that a server has ready, through servicer and client, and through a plain socket."""
     keep_large_blocks()
-    # One pixel each: a request is small beside its answer.
-    rows = [
-        Row(-1, np.zeros((3, 1, 1), dtype=np.uint8), CENTRE, "") for _ in range(sizes.answer[0])
-    ]
-    config = encoding_run(settings.scratch, PIXELS, sizes.side, encoder={"mode": "service"})
+    # A pixel for a latent: a request is small beside its answer.
+    count, channels, *target = sizes.answer
+    rows = [Row(-1, np.zeros((3, *target), dtype=np.uint8), CENTRE, "") for _ in range(count)]
+    image = {"kind": "vit", "model": "prepared", "channels": channels, "patch": 1}
+    image["input_size"] = side = target[0]
+    config = encoding_run(settings.scratch, image, side, encoder={"mode": "service"})
     size = prepared_answer(sizes.answer).nbytes
     buffer = memoryview(bytearray(size))
     serving = child(partial(serve_prepared, sizes.answer), config)
     with serving as (_, clock), child(send_raw, size) as (port, raw_clock):
         client = ServiceClient(config)
         client = client.bound_to(client.agree())
-        assert torch.equal(client.encode(rows, (1, 1)).latents, prepared_answer(sizes.answer))
+        assert torch.equal(client.encode(rows, (side, side)).latents, prepared_answer(sizes.answer))
         with socket.create_connection(("127.0.0.1", port)) as connection:
 
             def receive() -> None:
@@ -220,7 +221,7 @@ def transport(sizes: Sizes, settings: Settings) -> Part:
 
             def ask() -> None:
                 for _ in range(sizes.answers):
-                    client.encode(rows, (1, 1))
+                    client.encode(rows, (side, side))
 
             raw = _rated(BYTES, sizes.answers * size, lambda: timed_with(raw_clock, receive))
             ours = _rated(BYTES, sizes.answers * size, lambda: timed_with(clock, ask))

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.encoders import PixelsImage
 from dsr_scale.config.run import RunConfig
-from dsr_scale.encode_service.contract import served
 from dsr_scale.encode_service.local import LocalEncoders
 from dsr_scale.encoders.contract import build_image_encoder
 from tools.bench.protocol import Sample, timed
@@ -86,9 +86,8 @@ def serve_prepared(
     from dsr_scale.encode_service import serving
 
     def prepared(config: RunConfig, device: torch.device) -> LocalEncoders:
-        image = build_image_encoder(config.encoders.image, resolution=1, device=device)
-        contract = served(config, {}, device)
-        return _Prepared(config.encoders, image, None, contract, prepared_answer(shape))
+        image = build_image_encoder(PixelsImage(), resolution=1, device=device)
+        return _Prepared(config, device, image, None, prepared_answer(shape))
 
     serving.build_local = prepared
     serve(config, messages)
