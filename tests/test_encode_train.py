@@ -67,6 +67,7 @@ def assert_same_training(one: Path, other: Path, step: int) -> None:
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_service_and_cache_train_bit_for_bit_as_inline(tmp_path: Path) -> None:
     inline, service, cache = (tmp_path / name for name in ("inline", "service", "cache"))
     in_folder(inline)

@@ -36,6 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_named_by_all_ranks_and_replaced_alike(shards: Path, tmp_path: Path) -> None:
     folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
     for ranks, folder in folders.items():

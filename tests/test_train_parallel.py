@@ -86,6 +86,7 @@ def test_a_run_moves_between_layouts_and_continues_with_the_next_samples(
     assert layout == {"tp": 1, "pp": 1, "dp": 2, "zero": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "layout"), [(4, TP_PP), (2, ("parallel.zero=3",))], ids=str)
 def test_the_same_layout_resumes_bit_identically(
     ranks: int, layout: tuple[str, ...], tmp_path: Path

@@ -65,6 +65,7 @@ def test_training_moves_weights_and_ema_apart(whole: Path) -> None:
     assert not torch.equal(after[name], after[name.replace("weights", "ema_9")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(
     whole: Path, tmp_path: Path, stop: signal.Signals
@@ -99,6 +100,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
             assert losses[record["step"]] == record["loss"]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_may_change_between(whole: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     two.mkdir()
@@ -114,6 +116,7 @@ def test_two_ranks_equal_one_and_may_change_between(whole: Path, tmp_path: Path)
     assert_same_tensors(whole / "run", mixed / "run", 6, tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_bf16_resumes_bit_identically(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "killed")]
     for folder in folders:

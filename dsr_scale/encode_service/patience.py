@@ -55,7 +55,7 @@ class Patience:
         """Somebody did."""
         if self._told:
             waited_s = time.monotonic() - self._since_s
-            self._say(f"encoder servers answer again after {waited_s:.1f} s")
+            self._say(f"an encoder server answers after {waited_s:.1f} s")
 
     def _say(self, text: str) -> None:
         if self._speaks:

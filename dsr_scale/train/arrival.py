@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.parallel.groups import Ranks
 from dsr_scale.train.feed import StepData
 from dsr_scale.train.signals import Interrupted, StopRequest
 
@@ -36,10 +37,14 @@ class Arrivals:
         return data if self.failure is None else None
 
 
-def failure_elsewhere() -> InputError:
-    """The error of a rank that had data while another had none."""
-    return InputError(
-        found="another rank got no data; its own message says why",
-        required="data, and encoders, that every reading rank reaches",
-        remedy="do what that message says, then give the same command again",
-    )
+def shared_failure(failure: Exception | None, ranks: Ranks) -> Exception:
+    """The rank's own failure, or else the first of another's. A collective, once any rank has one."""
+    # Only errors of ours are known to survive the journey to other processes.
+    told = failure if isinstance(failure, InputError) else failure and repr(failure)
+    others = ranks.gather_on_host([] if told is None else [told])
+    if failure is not None:
+        return failure
+    first = others[0]
+    if isinstance(first, InputError):
+        return first
+    return RuntimeError(f"on a rank that reads data: {first}")

@@ -27,7 +27,7 @@ from dsr_scale.parallel import groups
 from dsr_scale.telemetry.metrics import MetricsLog
 from dsr_scale.telemetry.progress import training_bar
 from dsr_scale.train import resume
-from dsr_scale.train.arrival import Arrivals, failure_elsewhere
+from dsr_scale.train.arrival import Arrivals, shared_failure
 from dsr_scale.train.build import Training, build_training, check_before_start
 from dsr_scale.train.feed import StepData
 from dsr_scale.train.grids import TrainingGrids
@@ -140,7 +140,7 @@ class _Loop:
                     upcoming = self.arrivals.next(request)
                     asked, _ = self._agree(request)
                     if self.data_failed:
-                        raise self.arrivals.failure or failure_elsewhere()
+                        raise shared_failure(self.arrivals.failure, self.training.ranks)
                     if asked:
                         stopped_by = request.signal_name or OTHER_RANK
                 while self.state.step < steps and stopped_by is None:
@@ -156,7 +156,7 @@ class _Loop:
                         self._save()
                     if self.data_failed:
                         self.writer.wait()
-                        raise self.arrivals.failure or failure_elsewhere()
+                        raise shared_failure(self.arrivals.failure, self.training.ranks)
                     if asked and not last:
                         stopped_by = request.signal_name or OTHER_RANK
                     elif self.grids is not None and self._due(self.grids.every_steps):
