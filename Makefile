@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Passed on to tools/quickstart.py: --short for a two-minute form.
 FLAGS ?=
-PYTEST_FLAGS ?= -m 'slow or not slow' -n auto --maxprocesses=4 --dist loadgroup --cov --cov-report=term
+PYTEST_FLAGS ?= -m 'slow or not slow' -n auto --maxprocesses=4 --dist loadgroup
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test coverage lint clean
 
 quickstart: install ## train a small text-to-image DiT on shipped pairs, sample it, draw the results
 	$(BIN)/python tools/quickstart.py $(FLAGS)
 
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+
+coverage: install ## run the tests, twice as slowly, and count the lines that they reach
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS) --cov --cov-report=term
 
 lint: install ## formatter, linter, types, import floors
 	$(BIN)/ruff format --check .

@@ -146,6 +146,8 @@ def outcome(action: Callable[[], object]) -> str | None:
         action()
     except InputError as error:
         return error.found
+    except RuntimeError as error:
+        return str(error)
     return None
 
 

@@ -1,24 +1,40 @@
-"""srun starts the same command; a signal that reaches one rank stops all after the same step."""
+"""srun starts the same command; a signal, a lost rank and a mistake end all ranks as they should."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rank_processes import free_port
 from tiny_runs import DRIVER, consumed, run_training, write_config
 
 from dsr_scale.checkpoint import directory
+from dsr_scale.job import run_lock
 from dsr_scale.telemetry.metrics import METRICS_FILE, read_metrics
+from dsr_scale.train import signals
+from dsr_scale.train.signals import StopRequest, grace_warning
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+COMMAND = str(Path(sys.executable).with_name("dsr-scale"))
 
 
-def start_srun_ranks(folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """Two processes with the variables srun gives to two tasks on one node."""
+def start_srun_ranks(
+    folder: Path, *overrides: str, command: bool = False
+) -> list[subprocess.Popen[str]]:
+    """Two processes with the variables srun gives to two tasks on one node; `command` starts them as
+    a launcher does, not by the driver."""
     config, port = write_config(folder), free_port()
+    arguments = [sys.executable, str(DRIVER), str(config), str(folder / "ids.jsonl"), "0"]
+    if command:
+        arguments = [COMMAND, "train", str(config)]
     processes = []
     for rank in range(2):
         environment = {
@@ -29,16 +45,31 @@ def start_srun_ranks(folder: Path, *overrides: str) -> list[subprocess.Popen[str
             "SLURM_STEP_NODELIST": "localhost",
             "SLURM_PROCID": str(rank),
             "SLURM_LOCALID": str(rank),
+            "SLURMD_NODENAME": f"node{rank}",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "DSR_FAILURE": str(folder / f"failure_{rank}.json"),
         }
-        command = [sys.executable, str(DRIVER), str(config), str(folder / "ids.jsonl"), "0"]
         processes.append(
             subprocess.Popen(
-                [*command, *overrides], env=environment, stderr=subprocess.PIPE, text=True
+                [*arguments, *overrides], env=environment, stderr=subprocess.PIPE, text=True
             )
         )
     return processes
+
+
+def wait_for_steps(folder: Path, processes: list[subprocess.Popen[str]], steps: int = 2) -> None:
+    """Until so many steps are logged."""
+    metrics = folder / "run" / METRICS_FILE
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def failure_of(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"failure_{rank}.json").read_text())
 
 
 def test_srun_trains_like_one_process(tmp_path: Path) -> None:
@@ -59,16 +90,90 @@ def test_srun_trains_like_one_process(tmp_path: Path) -> None:
 
 
 def test_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
-    processes = start_srun_ranks(tmp_path, "training.steps=100000", "checkpoint.every_steps=100000")
-    metrics = tmp_path / "run" / METRICS_FILE
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    processes = start_srun_ranks(
+        tmp_path, "training.steps=100000", "checkpoint.every_steps=100000", command=True
+    )
+    wait_for_steps(tmp_path, processes)
+    # What Slurm sends before the time limit.
+    processes[1].send_signal(signal.SIGUSR1)
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    statuses = [process.returncode for process in processes]
+    # A rank that heard nothing itself ends like one that was asked to.
+    assert statuses == [128 + signal.SIGTERM, 128 + signal.SIGUSR1], errors
     (step,) = directory.complete_steps(tmp_path / "run")
-    assert step == len(metrics.read_text().splitlines())
+    assert step == len((tmp_path / "run" / METRICS_FILE).read_text().splitlines())
+    assert list(tmp_path.glob("failure_*")) == []
+    assert not (tmp_path / "run" / run_lock.LOCK_FILE).exists()
+
+
+def test_death_of_one_rank_ends_the_other_with_an_account(tmp_path: Path) -> None:
+    processes = start_srun_ranks(
+        tmp_path, "training.steps=100000", "checkpoint.every_steps=1", command=True
+    )
+    wait_for_steps(tmp_path, processes)
+    processes[0].kill()
+    began = time.monotonic()
+    _, errors = processes[1].communicate(timeout=60)
+    # Not held up by the thread that writes checkpoints, nor by a collective's half an hour.
+    assert time.monotonic() - began < 30
+    assert processes[1].returncode == 1, errors
+    processes[0].communicate(timeout=20)
+    failure = failure_of(tmp_path, 1)
+    assert (failure["rank"], failure["node"], failure["kind"]) == (1, "node1", "error")
+    assert failure["step"] >= 1
+    assert failure["phase"] != "start"
+    assert failure["error"] in failure["traceback"]
+    assert failure["message"].splitlines()[0] in errors
+
+
+def test_mistake_in_the_run_file_is_an_account_of_every_rank(tmp_path: Path) -> None:
+    processes = start_srun_ranks(tmp_path, "training.steps=-1", command=True)
+    for rank, process in enumerate(processes):
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 2, errors
+        failure = failure_of(tmp_path, rank)
+        assert (failure["rank"], failure["kind"], failure["phase"]) == (rank, "input", "start")
+        assert failure["step"] is None
+        assert "training.steps" in failure["message"]
+
+
+def test_run_directory_of_a_running_run_is_refused_to_all_ranks(tmp_path: Path) -> None:
+    def never(error: object) -> None:
+        raise AssertionError(error)
+
+    with run_lock.held(tmp_path / "run", on_lost=never, tell=never):
+        processes = start_srun_ranks(tmp_path, command=True)
+        for rank, process in enumerate(processes):
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 2, errors
+            assert f"is written by process {os.getpid()} on " in errors
+            assert failure_of(tmp_path, rank)["kind"] == "input"
+    assert not (tmp_path / "run" / METRICS_FILE).exists()
+
+
+def test_signal_before_the_loop_is_found_by_it() -> None:
+    previous = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    try:
+        signals.remember_early()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequest() as request:
+            assert request.signal_name == "SIGUSR1"
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.signal_name == "SIGTERM"
+        with StopRequest() as request:
+            assert request.signal_name is None
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), previous, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "warned"),
+    [(60.0, True), (98.9, True), (99.0, False), (300.0, False), (None, False)],
+)
+def test_grace_that_is_shorter_than_a_step_and_a_save(grace_s: float | None, warned: bool) -> None:
+    warning = grace_warning(grace_s, save_s=95.0, step_s=4.0)
+    assert (warning is not None) == warned
+    if grace_s == 60.0:
+        assert warning is not None
+        assert "a save takes 95 s and a step 4 s, but the job is killed 60 s" in warning

@@ -51,7 +51,9 @@ class CheckpointWriter:
         self._group = group
         self._buffer = torch.empty(0)
         self._thread: threading.Thread | None = None
-        self._failure: InputError | None = None
+        self._failure: Exception | None = None
+        self.last_write_s: float | None = None
+        """Seconds from `start` to the complete checkpoint, of the newest that was finished."""
         # Said by a save without collectives. Filters belong to the process, not to the thread.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -74,7 +76,7 @@ class CheckpointWriter:
         # No daemon: a program that ends lets the save end.
         self._thread = threading.Thread(
             target=self._run,
-            args=(target, held, copy.deepcopy(dict(run_state)), on_committed),
+            args=(target, held, copy.deepcopy(dict(run_state)), on_committed, began),
             name="checkpoint",
         )
         self._thread.start()
@@ -85,7 +87,10 @@ class CheckpointWriter:
         return self._failure is not None
 
     def wait(self) -> None:
-        """Waits for the running save. Raises InputError on every rank when it failed on one."""
+        """Waits for the running save.
+
+        Raises InputError on every rank when it failed on one, RuntimeError when a rank is gone.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -123,16 +128,20 @@ class CheckpointWriter:
         held: list[Piece],
         run_state: dict[str, Any],
         on_committed: Callable[[], object] | None,
+        began: float,
     ) -> None:
         try:
             save(target, held, run_state, group=self._group)
+            self.last_write_s = time.perf_counter() - began
             if on_committed is not None:
                 _after(target, on_committed, self._group)
         except InputError as error:
             self._failure = error
-        # Of a bug, or a peer that is gone, the loop must hear as well.
+        # Of a bug, or a peer that is gone, the loop must hear as well; a person can do nothing there.
         except BaseException as error:
-            self._failure = _failed(target, described(error), error)
+            reason = f"the checkpoint {target} could not be written: {described(error)}"
+            self._failure = RuntimeError(reason)
+            self._failure.__cause__ = error
 
 
 def save(

@@ -21,9 +21,12 @@ from dsr_scale.cli import (
     checkpoint,
     encode,
     export,
+    job,
     pack,
     plan,
+    preflight,
     registers,
+    runs,
     sample,
     serve,
     stats,
@@ -44,6 +47,9 @@ TRAINING_PACKAGES = {
     "prometheus_client",
     "cryptography",
     "diskcache",
+    "flufl",
+    "plotext",
+    "psutil",
 }
 """What a plain install, made for sampling, does not have."""
 
@@ -79,11 +85,14 @@ app.command("encode")(encode.encode)
 app.command("registers")(registers.registers)
 app.command("stats")(stats.stats)
 app.command("plan")(plan.plan)
+app.command("preflight")(preflight.preflight)
 app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("export")(export.export)
 app.command("sample")(sample.sample)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(job.app, name="job")
+app.add_typer(runs.app, name="runs")
 
 
 def run() -> None:

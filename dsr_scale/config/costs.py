@@ -7,6 +7,7 @@ a DiT's weights are AdaLN projections, which run once per image, so that rule ov
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from dsr_scale.config.derive import (
@@ -21,6 +22,33 @@ from dsr_scale.config.model import ClassConditioning, QueryAdaLNConditioning
 
 MEASURED_CEILING_TFLOPS = {"H200": 790.0}
 """bf16 matrix products, TFLOP/s, measured outside this repository (docs/method.md §7)."""
+
+DATASHEET_CEILING_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100 SXM": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+}
+"""Dense bf16 on tensor cores, TFLOP/s per GPU, from NVIDIA's data sheets: A100 (SXM and PCIe alike),
+H100, H200 (SXM), HGX B200. The sheets from H100 on print twice as much, for 2:4 sparsity."""
+
+_DEVICE_NAMES = {
+    r"\bA100\b": "A100",
+    r"\bH100 PCIe\b": "H100 PCIe",
+    r"\bH100\b.*\b(HBM3|SXM\d?)\b": "H100 SXM",
+    r"\bH200\b(?! NVL)": "H200",
+    r"\bB200\b": "B200",
+}
+
+
+def gpu_kind(device_name: str) -> str | None:
+    """Which GPU of the tables above the driver calls `device_name`; None for another, or a part of
+    one."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    kinds = (kind for name, kind in _DEVICE_NAMES.items() if re.search(name, device_name))
+    return next(kinds, None)
 
 
 class Count(NamedTuple):

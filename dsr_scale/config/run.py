@@ -10,6 +10,7 @@ from dsr_scale.config.encoder_access import EncoderAccess
 from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.config.model import ModelConfig
 from dsr_scale.config.parallel import ParallelConfig
+from dsr_scale.config.recovery import RecoveryConfig
 from dsr_scale.config.section import Section
 from dsr_scale.config.training import (
     CheckpointConfig,
@@ -36,5 +37,6 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     grid: GridConfig = GridConfig()
     tracking: TrackingConfig = TrackingConfig()

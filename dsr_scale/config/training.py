@@ -124,6 +124,10 @@ class TrackingConfig(Section):
 
     log_every_steps: int = Field(default=10, gt=0)
     """Steps between logged metrics."""
+    norms_every_steps: int | None = Field(default=100, gt=0)
+    """Steps between token norms of every block; a multiple of `log_every_steps`. None measures none."""
+    timestep_buckets: int = Field(default=4, gt=0)
+    """Equal parts of [0, 1] by which losses and token norms are told apart."""
     wandb: Literal["offline", "online", "off"] = "offline"
     """`offline` writes files to upload later and needs no key."""
     project: str = "dsr-scale"

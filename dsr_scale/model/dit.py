@@ -123,6 +123,10 @@ class DiT(nn.Module):
         """Blocks of body and head; their numbers run through both."""
         return self.depth + (self.shape.head.depth if self.shape.head else 0)
 
+    def block_name(self, index: int) -> str:
+        """What a probe is told of block `index`: `blocks.3`, or `head.0` for the head's first."""
+        return f"blocks.{index}" if index < self.depth else f"head.{index - self.depth}"
+
     def span(
         self,
         blocks: range,
@@ -145,10 +149,7 @@ class DiT(nn.Module):
                 assert modulation is not None
                 tokens = self.head_block(index, tokens, modulation, layout)
             if probe is not None:
-                part, number = (
-                    ("blocks", index) if index < self.depth else ("head", index - self.depth)
-                )
-                probe(f"{part}.{number}", tokens, layout)
+                probe(self.block_name(index), tokens, layout)
             if index == self.depth - 1:
                 tokens = self.leave_body(tokens, layout)
         return Carried(tokens, modulation)

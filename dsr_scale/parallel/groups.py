@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.job.attempt import current_attempt
+from dsr_scale.parallel import rendezvous
 from dsr_scale.parallel.megatron_on_cpu import run_megatron_on_cpu
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -70,6 +73,8 @@ class Ranks:
     """The tensor × pipeline ranks that hold one copy of the model."""
     replica_host_group: dist.ProcessGroup | None
     """A gloo group of the replica's ranks."""
+    store: dist.Store | None = None
+    """Keys and values of all ranks, kept by the first; None for a single process."""
 
     @property
     def is_first(self) -> bool:
@@ -129,7 +134,7 @@ def place_from_environment(environment: Mapping[str, str]) -> Place:
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         _require(environment, ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"))
         host = environment.get("MASTER_ADDR") or _first_host(environment)
-        port = environment.get("MASTER_PORT") or slurm_port(environment["SLURM_JOB_ID"])
+        port = environment.get("MASTER_PORT") or _port_of_attempt(environment)
         return Place(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
@@ -139,9 +144,18 @@ def place_from_environment(environment: Mapping[str, str]) -> Place:
     return Place(rank=0, world_size=1, local_rank=0, rendezvous=None)
 
 
-def slurm_port(job_id: str) -> int:
-    """A port that differs between jobs sharing a node, the same on every rank of one job."""
-    return 20_000 + int(job_id) % 20_000
+def slurm_port(job_id: str, attempt: int = 0) -> int:
+    """A port that differs between jobs sharing a node, the same on every rank of one job.
+
+    It differs between attempts of a job as well: a process that the last one left behind, or the
+    kernel, may still hold that one's. All lie below those that Linux gives to outgoing connections.
+    """
+    return 20_000 + (16 * int(job_id) + attempt % 16) % 12_000
+
+
+def _port_of_attempt(environment: Mapping[str, str]) -> int:
+    current = current_attempt(environment)
+    return slurm_port(environment["SLURM_JOB_ID"], 0 if current is None else current[1].number)
 
 
 def _torchrun_place(environment: Mapping[str, str]) -> Place:
@@ -240,6 +254,7 @@ def start(device_choice: str, *, tp: int = 1, pp: int = 1) -> Ranks:
         data=data,
         replica=replica,
         replica_host_group=replica_host_group,
+        store=_store() if place.world_size > 1 else None,
     )
 
 
@@ -260,21 +275,41 @@ def _gloo_like(axis: Axis, device: torch.device) -> dist.ProcessGroup | None:
     return mine
 
 
+def _store() -> dist.Store:
+    """The store behind the process group, which keeps it."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def _join(place: Place, backend: str) -> None:
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if place.rendezvous is None:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{place.rendezvous}"
-        if "TORCHELASTIC_RUN_ID" not in os.environ
-        else "env://",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timeout,
-    )
+    began_s = time.monotonic()
+    try:
+        # torchrun's agent has a store already, and its own patience.
+        store = (
+            None
+            if "TORCHELASTIC_RUN_ID" in os.environ
+            else rendezvous.meet(place.rank, place.world_size, place.rendezvous)
+        )
+        dist.init_process_group(
+            backend,
+            init_method="env://" if store is None else None,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise rendezvous.failed(place.rank, place.rendezvous, began_s, reason) from error
+    if store is not None:
+        # From here on it is waited in for as long as for a collective.
+        store.set_timeout(timeout)
 
 
 def _split_model(device: torch.device, tp: int, pp: int) -> tuple[Axis, Axis, Axis, Axis]:

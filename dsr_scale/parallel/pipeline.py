@@ -12,7 +12,7 @@ gradients before the schedule would scale them, so the loss is divided instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from dsr_scale.model.conditioning import Condition
-from dsr_scale.model.dit import Carried, DiT
+from dsr_scale.model.dit import Carried, DiT, Probe
 from dsr_scale.model.layout import TokenLayout
 from dsr_scale.parallel.groups import Axis
+
+Probes = Callable[[Tensor], Probe]
+"""The probe for a forward of images at timesteps [B]."""
 
 
 class MicroBatch(Protocol):
@@ -61,6 +64,7 @@ class _Stage(nn.Module):
         self._network = [network]
         self._blocks = blocks
         self.micro_batches = micro_batches
+        self.probes: Probes | None = None
         self._last = last
 
     def forward(self, *carried: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -75,7 +79,8 @@ class _Stage(nn.Module):
         before = None
         if carried:
             before = Carried(carried[0], carried[1] if len(carried) > 1 else None)
-        after = network.span(self._blocks, before, latents, signal, layout)
+        probe = None if self.probes is None else self.probes(timesteps)
+        after = network.span(self._blocks, before, latents, signal, layout, probe=probe)
         if self._last:
             return network.leave(after, signal, layout)
         # Messages are contiguous; tokens straight from the patch embedding are not.
@@ -108,11 +113,12 @@ class Pipeline:
         """Whether this rank computes the loss."""
         return (len(self._spans) - 1) % self._pipeline.size == self._pipeline.rank
 
-    def run(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def run(self, micro_batches: Sequence[MicroBatch], probes: Probes | None = None) -> Tensor:
         """Forward and backward of a step; its mean loss where that is known, else zero."""
         stages, schedule = self._schedule(micro_batches)
         for stage in stages:
             stage.micro_batches = micro_batches
+            stage.probes = probes
         index = torch.arange(len(micro_batches))
         losses: list[Tensor] = []
         self._current = micro_batches

@@ -7,7 +7,8 @@ pieces by global name (`fragments`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from dsr_scale.parallel import ema, fragments
 from dsr_scale.parallel.assemble import LocalModel
 from dsr_scale.parallel.groups import Ranks
 from dsr_scale.parallel.guard import GuardedAdamW, StepGuard
-from dsr_scale.parallel.pipeline import MicroBatch, Pipeline
+from dsr_scale.parallel.pipeline import MicroBatch, Pipeline, Probes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Section = Callable[[str], AbstractContextManager[object]]
+"""Opens a named stretch of a step, to be timed."""
 
 
 class ZeroEngine:
@@ -68,26 +72,45 @@ class ZeroEngine:
         """The kind that sampling uses."""
         return ema_name(self._ema_decays[0])
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Gradients of a step; its mean loss over all replicas, on the device, on every rank."""
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        section: Section = nullcontext,
+        probes: Probes | None = None,
+    ) -> Tensor:
+        """Gradients of a step; its mean loss over all replicas, on the device, on every rank.
+
+        Opens the sections `encode`, which is asking for a micro-batch, `forward` and `backward`, or
+        `forward_backward` where a schedule mixes them. `probes` look at the blocks of this rank.
+        """
         if self._pipeline is not None:
             # Stages ask for a micro-batch several times, and not in order.
-            loss = self._pipeline.run(list(micro_batches))
-            self._sum_over_stages()
+            with section("encode"):
+                encoded = list(micro_batches)
+            with section("forward_backward"):
+                loss = self._pipeline.run(encoded, probes)
+                self._sum_over_stages()
         else:
             loss = torch.zeros((), device=self._ranks.device)
-            for micro_batch in micro_batches:
-                share = self._loss(micro_batch) / len(micro_batches)
-                self._engine.backward(share, scale_wrt_gas=False)
+            for index in range(len(micro_batches)):
+                with section("encode"):
+                    micro_batch = micro_batches[index]
+                with section("forward"):
+                    share = self._loss(micro_batch, probes) / len(micro_batches)
+                with section("backward"):
+                    self._engine.backward(share, scale_wrt_gas=False)
                 loss = loss + share.detach()
         if self._ranks.world_size > 1:
             # Tensor ranks know the same loss, pipeline ranks but the last know none.
             dist.all_reduce(loss)
         return loss / (self._ranks.data.size * self._ranks.tensor.size)
 
-    def _loss(self, micro_batch: MicroBatch) -> Tensor:
+    def _loss(self, micro_batch: MicroBatch, probes: Probes | None) -> Tensor:
         latents, timesteps = micro_batch.inputs()
-        return micro_batch.loss(self._engine(latents, timesteps, micro_batch.condition))
+        probe = None if probes is None else probes(timesteps)
+        output = self._engine(latents, timesteps, micro_batch.condition, probe=probe)
+        return micro_batch.loss(output)
 
     def step(self, loss: Tensor, *, step: int, learning_rate: float) -> Tensor:
         """Clips, updates weights and averages; `step` counts from 0.

@@ -1,4 +1,4 @@
-"""The bar a person watches: step, loss, images per second, time left."""
+"""The bar a person watches: step, loss, images per second of all devices and of one, time left."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rich.progress import (
 
 
 def training_bar(console: Console, *, visible: bool) -> Progress:
-    """A bar whose task carries `loss` and `images_per_s` fields."""
+    """A bar whose task carries `loss`, `images_per_s` and `per_device` fields."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[images_per_s]} images/s"),
+        TextColumn("{task.fields[images_per_s]} images/s, {task.fields[per_device]} per device"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -1,20 +1,21 @@
 """The training loop: batches in, steps, and at intervals metrics, grids and checkpoints.
 
-It holds no arithmetic of its own: the objective makes the loss, the engine makes the step, and
-everything that depends on the step number is a pure function of it, so a resumed run repeats the
-uninterrupted one.
+It holds no arithmetic of its own: the objective makes the loss, the engine makes the step, the report
+makes the metrics, and everything that depends on the step number is a pure function of it, so a
+resumed run repeats the uninterrupted one. The sections of the clock are the phases of a step.
 """
 
 from __future__ import annotations
 
 import os
-import time
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
@@ -23,18 +24,23 @@ from dsr_scale.config.load import dump_run
 from dsr_scale.config.run import RunConfig
 from dsr_scale.data.corruption import CorruptImage, check_rate
 from dsr_scale.data.loader import Batch
+from dsr_scale.job.attempt import current_attempt
+from dsr_scale.job.run_lock import held
 from dsr_scale.parallel import groups
 from dsr_scale.telemetry.metrics import MetricsLog
-from dsr_scale.telemetry.progress import training_bar
 from dsr_scale.train import resume
 from dsr_scale.train.arrival import Arrivals, shared_failure
 from dsr_scale.train.build import Training, build_training, check_before_start
+from dsr_scale.train.clock import StepClock
+from dsr_scale.train.failing import Account, end_now
 from dsr_scale.train.feed import StepData
 from dsr_scale.train.grids import TrainingGrids
 from dsr_scale.train.outcomes import Outcome, Outcomes
+from dsr_scale.train.report import Report, open_log
 from dsr_scale.train.schedule import learning_rate
-from dsr_scale.train.signals import StopRequest
+from dsr_scale.train.signals import StopRequest, grace_warning
 from dsr_scale.train.state import RunState
+from dsr_scale.train.watch import HangWatch
 
 CONFIG_FILE = "config.yaml"
 
@@ -55,45 +61,64 @@ class Finished:
     """Name of the signal that asked for the stop, or None when all steps are done."""
 
 
-def train(run: RunConfig, *, on_step: OnStep | None = None) -> Finished:
+def train(
+    run: RunConfig, *, on_step: OnStep | None = None, account: Account | None = None
+) -> Finished:
     """Trains to the last step, from the newest checkpoint if there is one.
 
-    One process, torchrun and srun call this alike. Raises InputError for anything a person can
-    put right.
+    One process, torchrun and srun call this alike. `account` follows where the run is. Raises
+    InputError for anything a person can put right; a hang ends the process (`train.watch`).
     """
     place = groups.place_from_environment(os.environ)
     check_before_start(run, processes=place.world_size)
-    ranks = groups.start(run.training.device, tp=run.parallel.tp, pp=run.parallel.pp)
-    finished = _Loop(build_training(run, ranks), on_step).run()
+    account = account or Account()
+    attempt = current_attempt()
+    with ExitStack() as until_the_end:
+        watch = until_the_end.enter_context(
+            HangWatch(
+                account,
+                run.recovery,
+                outage_s=_longest_outage_s(run),
+                attempt=None if attempt is None else attempt[0],
+            )
+        )
+        ranks = groups.start(run.training.device, tp=run.parallel.tp, pp=run.parallel.pp)
+        watch.listen(ranks.store)
+        lock = held(
+            Path(run.directory),
+            on_lost=lambda error: end_now(error, account),
+            tell=partial(print, file=sys.stderr),
+        )
+        ranks.on_first(lambda: until_the_end.enter_context(lock))
+        finished = _Loop(build_training(run, ranks), on_step, watch).run()
     groups.stop()
     return finished
 
 
-class _Interval:
-    """Sums between two log lines."""
-
-    def __init__(self) -> None:
-        self.started_s = time.perf_counter()
-        self.steps = 0
-        self.losses: list[float] = []
-        """Of the steps that were taken."""
-        self.checkpoint_blocked_s = 0.0
+def _longest_outage_s(run: RunConfig) -> float:
+    """How long a rank may wait for encoders: a request may stall before and after the waiting."""
+    access = run.encoder
+    if access.mode != "service":
+        return 0.0
+    return access.give_up_after_s + 2 * access.request_timeout_s
 
 
 class _Loop:
     """One run in this process."""
 
-    def __init__(self, training: Training, on_step: OnStep | None) -> None:
+    def __init__(self, training: Training, on_step: OnStep | None, watch: HangWatch) -> None:
         self.training = training
+        self.watch = watch
+        self.grace_compared = False
         self.on_step = on_step
         self.console = Console(stderr=True, quiet=not training.ranks.is_first)
         self.directory = Path(training.run.directory)
         self.corrupt_keys: list[str] = []
-        self.gradient_norm = float("nan")
         self.outcomes = Outcomes()
-        self.interval = _Interval()
         self.state = resume.restore(training, self.console)
         self.writer = CheckpointWriter(training.ranks.saving_group)
+        attempt = current_attempt()
+        self.attempt = None if attempt is None else attempt[1]
         self.log = self._open_log()
         self.grids = TrainingGrids.for_run(training)
         self.arrivals = Arrivals(
@@ -101,6 +126,8 @@ class _Loop:
             may_wait_long=training.run.encoder.mode == "service",
         )
         self.data_failed = False
+        self.clock = StepClock(training.ranks.device, on_section=watch.touch)
+        self.report = Report(training, self.clock, self.console, self.log, self.state, self.attempt)
 
     def _open_log(self) -> MetricsLog | None:
         """The first rank's log; its failure, say wandb without a key, is everyone's."""
@@ -109,14 +136,7 @@ class _Loop:
         def open_on_first() -> str | None:
             nonlocal log
             atomic_files.write_bytes(self.directory / CONFIG_FILE, dump_run(run).encode())
-            log = MetricsLog(
-                self.directory,
-                wandb_mode=run.tracking.wandb,
-                project=run.tracking.project,
-                name=run.name,
-                config=run.model_dump(mode="json"),
-                run_id=self.state.tracker_run_id,
-            )
+            log = open_log(run, self.state.tracker_run_id, self.attempt)
             return log.run_id
 
         run_id = self.training.ranks.on_first(open_on_first)
@@ -127,17 +147,12 @@ class _Loop:
         """Steps until the end or a signal; the last state is always saved."""
         steps = self.training.run.training.steps
         stopped_by: str | None = None
-        bar = training_bar(
-            self.console, visible=self.training.ranks.is_first and self.console.is_terminal
-        )
-        task = bar.add_task(
-            "training", total=steps, completed=self.state.step, loss="–", images_per_s="–"
-        )
         try:
-            with StopRequest() as request, bar:
+            with StopRequest() as request, self.report.bar:
+                self.watch.begin_steps(self.state.step)
                 upcoming = None
                 if self.state.step < steps:
-                    upcoming = self.arrivals.next(request)
+                    upcoming = self._next_data(request)
                     asked, _ = self._agree(request)
                     if self.data_failed:
                         raise shared_failure(self.arrivals.failure, self.training.ranks)
@@ -149,8 +164,9 @@ class _Loop:
                     last = self.state.step == steps
                     if asked or last or self._due(self.training.run.tracking.log_every_steps):
                         self._settle(self.outcomes.flush())
-                        self._write_metrics(bar, task)
-                    bar.update(task, completed=self.state.step)
+                        self.report.write(self.state, self.corrupt_keys)
+                        self._compare_grace()
+                    self.report.advance(self.state.step)
                     # A grace period is for the save: it comes before the grid, which a stop skips.
                     if asked or last or self._due(self.training.run.checkpoint.every_steps):
                         self._save()
@@ -160,8 +176,10 @@ class _Loop:
                     if asked and not last:
                         stopped_by = request.signal_name or OTHER_RANK
                     elif self.grids is not None and self._due(self.grids.every_steps):
-                        self.grids.draw(self.state.step, self.log)
-                self.writer.wait()
+                        with self.clock.section("grid"):
+                            self.grids.draw(self.state.step, self.log)
+                with self.clock.section("checkpoint"):
+                    self.writer.wait()
         finally:
             self.training.feed.close()
             if self.log is not None:
@@ -176,9 +194,15 @@ class _Loop:
     def _step(self, data: StepData, request: StopRequest) -> tuple[bool, StepData | None]:
         """One optimizer step: whether to save and stop after it, and the data of the next."""
         training, step = self.training, self.state.step
-        loss = training.engine.forward_backward(data.examples)
+        loss = training.engine.forward_backward(
+            self.report.watched(data.examples),
+            section=self.clock.section,
+            probes=self.report.probes(step + 1),
+        )
         rate = learning_rate(training.run.training, step)
-        values = training.engine.step(loss, step=step, learning_rate=rate)
+        with self.clock.section("optimizer"):
+            values = training.engine.step(loss, step=step, learning_rate=rate)
+        self.report.end_step(skipped=values[2])
         samples = [
             f"{sample_id} ({key})"
             for batch in data.batches
@@ -187,7 +211,7 @@ class _Loop:
         self._settle(self.outcomes.push(step + 1, values, samples))
         corrupt = [record for batch in data.batches for record in batch.corrupt]
         last = step + 1 == training.run.training.steps
-        upcoming = None if last else self.arrivals.next(request)
+        upcoming = None if last else self._next_data(request)
         asked, corrupt_sum = self._agree(request, len(corrupt))
         if corrupt_sum:
             self._name_corrupt(corrupt)
@@ -197,27 +221,32 @@ class _Loop:
             samples_seen=(step + 1) * training.batches.global_images,
             corrupt_seen=self.state.corrupt_seen + corrupt_sum,
         )
-        self.interval.steps += 1
         check_rate(
             self.state.corrupt_seen,
             self.state.samples_seen,
             training.run.data.max_corrupt_rate,
             self.corrupt_keys,
         )
+        self.watch.finish_step(self.state.step)
         if self.on_step is not None:
             self.on_step(self.state.step, data.batches)
         return asked, upcoming
 
+    def _next_data(self, request: StopRequest) -> StepData | None:
+        with self.clock.section("data"):
+            return self.arrivals.next(request)
+
     def _agree(self, request: StopRequest, corrupt: int = 0) -> tuple[bool, int]:
         """What any rank knows, all know: whether to stop, and how many images were unusable."""
-        corrupt_sum, stops, failed_saves, failures = self.training.ranks.sum_on_host(
-            [
-                float(corrupt),
-                float(request.signal_name is not None),
-                float(self.writer.poll()),
-                float(self.arrivals.failure is not None),
-            ]
-        )
+        with self.clock.section("agree"):
+            corrupt_sum, stops, failed_saves, failures = self.training.ranks.sum_on_host(
+                [
+                    float(corrupt),
+                    float(request.signal_name is not None),
+                    float(self.writer.poll()),
+                    float(self.arrivals.failure is not None),
+                ]
+            )
         if failed_saves:
             self.writer.wait()
         self.data_failed = failures > 0
@@ -226,9 +255,8 @@ class _Loop:
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Takes in what became of steps; names the samples of a skipped one, stops after too many."""
         for outcome in outcomes:
-            self.gradient_norm = outcome.gradient_norm
+            self.report.take_in(outcome)
             if not outcome.skipped:
-                self.interval.losses.append(outcome.loss)
                 self.state = replace(self.state, skipped_in_a_row=0)
                 continue
             self.state = replace(
@@ -272,12 +300,23 @@ class _Loop:
 
     def _save(self) -> None:
         """Begins a checkpoint of this moment; the loop goes on when the state is copied."""
-        self._settle(self.outcomes.flush())
-        statistics = self.training.engine.guard.statistics.tolist()
-        self.state = replace(self.state, guard=tuple(statistics))
-        self.interval.checkpoint_blocked_s += resume.start_save(
-            self.training, self.state, self.writer
-        )
+        with self.clock.section("checkpoint"):
+            self._settle(self.outcomes.flush())
+            statistics = self.training.engine.guard.statistics.tolist()
+            self.state = replace(self.state, guard=tuple(statistics))
+            self.report.checkpoint_blocked(
+                resume.start_save(self.training, self.state, self.writer)
+            )
+
+    def _compare_grace(self) -> None:
+        """Says once, after the first save, that the time after a signal is too short."""
+        save_s, step_s = self.writer.last_write_s, self.watch.median_step_s
+        if self.attempt is None or self.grace_compared or save_s is None or step_s is None:
+            return
+        self.grace_compared = True
+        warning = grace_warning(self.attempt.grace_s, save_s, step_s)
+        if warning is not None:
+            self.console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
     def _name_corrupt(self, corrupt: list[CorruptImage]) -> None:
         """Prints what any rank could not use; all ranks call this when one of them has some."""
@@ -289,35 +328,6 @@ class _Loop:
                 style="yellow",
                 markup=False,
             )
-
-    def _write_metrics(self, bar: Progress, task: TaskID) -> None:
-        """Logs the interval's means, shows them, and begins the next interval."""
-        interval, self.interval = self.interval, _Interval()
-        elapsed_s = time.perf_counter() - interval.started_s
-        images_per_s = interval.steps * self.training.batches.global_images / elapsed_s
-        loss = sum(interval.losses) / len(interval.losses) if interval.losses else float("nan")
-        if self.log is not None:
-            self.log.log(
-                self.state.step,
-                {
-                    "loss": loss,
-                    "gradient_norm": self.gradient_norm,
-                    "learning_rate": learning_rate(self.training.run.training, self.state.step - 1),
-                    "images_per_s": images_per_s,
-                    "samples_seen": self.state.samples_seen,
-                    "epoch": self.state.samples_seen / len(self.training.samples),
-                    "skipped_steps": self.state.skipped_steps,
-                    "checkpoint_blocked_s": interval.checkpoint_blocked_s,
-                    "corrupt_seen": self.state.corrupt_seen,
-                    "corrupt_keys": self.corrupt_keys[-20:],
-                },
-            )
-        if not self.console.is_terminal:
-            self.console.print(
-                f"step {self.state.step}/{self.training.run.training.steps}  loss {loss:.4f}  "
-                f"{images_per_s:.1f} images/s"
-            )
-        bar.update(task, loss=f"{loss:.4f}", images_per_s=f"{images_per_s:.1f}")
 
     def _due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0

@@ -7,8 +7,10 @@ and noise and timesteps follow from its sample ids, so each makes its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from dsr_scale.diffusion.path import add_noise, to_velocity
 from dsr_scale.diffusion.timesteps import draw_noise, draw_sample_timesteps
 from dsr_scale.encoders.contract import ImageEncoder, TextEncoder, rounded
 from dsr_scale.model.conditioning import Condition
+
+OnLosses = Callable[[Tensor, Tensor], None]
+"""Is told the timesteps and losses [B] of a micro-batch, both on the device."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Example:
     condition: Condition
     epochs: tuple[int, ...]
     sample_ids: tuple[int, ...]
+    on_losses: OnLosses | None = None
 
     @property
     def latent_shape(self) -> torch.Size:
@@ -58,7 +64,10 @@ class Example:
         velocity = to_velocity(
             output, self._noised, timesteps, config.prediction, config.denominator_clamp
         )
-        return velocity_loss(velocity, self.latents, self._noise, timesteps, config).mean
+        loss = velocity_loss(velocity, self.latents, self._noise, timesteps, config)
+        if self.on_losses is not None:
+            self.on_losses(timesteps, loss.per_sample)
+        return loss.mean
 
     @cached_property
     def _noised(self) -> Tensor:
@@ -85,6 +94,26 @@ class Example:
             self.sample_ids,
             self.latents.device,
         )
+
+
+@dataclass(frozen=True)
+class Watched(Sequence[Example]):
+    """Examples whose losses are told to `on_losses`; still encoded when one is asked for."""
+
+    examples: Sequence[Example]
+    on_losses: OnLosses
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return Watched(self.examples[index], self.on_losses)
+        return replace(self.examples[index], on_losses=self.on_losses)
 
 
 @dataclass(frozen=True)

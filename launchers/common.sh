@@ -1,0 +1,214 @@
+# shellcheck shell=bash
+# What the launchers share; sourced by each, run by none. Decisions (requeue, exclude, shrink, stop) are
+# made by `dsr-scale job`, from files; this file carries facts to it and does what it says.
+#
+# Set by the launcher: CONFIG, OVERRIDES (array). Set by the site: launchers/site.env.
+
+cd "${SLURM_SUBMIT_DIR:-.}" || exit
+# shellcheck source=/dev/null
+if [ -f "${SITE:=launchers/site.env}" ]; then source "$SITE"; fi
+# shellcheck source=/dev/null
+if [ -n "${ACTIVATE:-}" ] && [ "${CONTAINER:-none}" = none ]; then source "$ACTIVATE"; fi
+
+say() { printf '%s %s\n' "$(date '+%F %T')" "$*" >&2; }
+
+# --- containers: the same command with and without -------------------------------------------------
+INSIDE=()        # put before a command
+SRUN_INSIDE=()   # options of srun
+case ${CONTAINER:-none} in
+    none) ;;
+    apptainer) INSIDE=(apptainer exec --nv --bind "$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD" "$CONTAINER_IMAGE") ;;
+    pyxis) SRUN_INSIDE=(--container-image="$CONTAINER_IMAGE" --container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --container-workdir="$PWD") ;;
+    *) say "found: CONTAINER=$CONTAINER; required: none, pyxis or apptainer; what to do: correct $SITE"; exit 2 ;;
+esac
+
+# A command on the node of the batch script, inside the container.
+here() {
+    if [ ${#SRUN_INSIDE[@]} -gt 0 ]; then
+        srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${SRUN_INSIDE[@]}" "$@"
+    else
+        "${INSIDE[@]}" "$@"
+    fi
+}
+
+# --- what Slurm knows ------------------------------------------------------------------------------
+TASKS_PER_NODE=${SLURM_TASKS_PER_NODE%%(*}
+TRAINER_JOB=${SLURM_JOB_ID_HET_GROUP_0:-$SLURM_JOB_ID}
+HET=()           # options that choose the trainers' part of a heterogeneous job
+[ -n "${SLURM_HET_SIZE:-}" ] && HET=(--het-group=0)
+GRACE_S=$(sed -n 's/^#SBATCH --signal=B:USR1@//p' "$0" | head -n 1)
+
+of_job() { scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null | grep -E "^JobId=$TRAINER_JOB " | grep -oE " $1=[^ ]*" | head -n 1 | cut -d= -f2; }
+hosts() { scontrol show hostnames "$1" | paste -sd, -; }
+# Nodes of the trainers that Slurm has not taken away; they are fewer than at the start once one is lost.
+trainer_nodes() { hosts "$(of_job NodeList)"; }
+count() { awk -F, '{ print NF }' <<< "$1"; }
+# Names of nodes need not resolve; the addresses that Slurm itself uses are always right.
+address_of() { scontrol show node -o "$1" | grep -oE ' NodeAddr=[^ ]*' | cut -d= -f2; }
+missing_from() { comm -23 <(tr ',' '\n' <<< "$1" | sort) <(tr ',' '\n' <<< "$2" | sort) | paste -sd, -; }
+
+if [ -n "${NETWORK_INTERFACE:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
+fi
+# Without it a library with threads of its own takes all cores of the node, in every rank.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# So that a hang can say which collective it was in.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+
+# --- signals: asked to stop ------------------------------------------------------------------------
+STOPPED=none     # time_limit, preempted or cancelled
+STEP=            # process of the srun that is running
+stop_asked() {
+    STOPPED=$1
+    say "asked to stop: $1"
+    # srun hands this signal to its tasks; TERM it would turn into a kill. Cancelling tells the tasks itself.
+    if [ -n "$STEP" ] && [ "$1" != cancelled ]; then kill -USR1 "$STEP" 2> /dev/null || true; fi
+}
+# On a cancelled job Slurm's state says so; a preempted one is running until its grace is over.
+on_term() { if [ "$(of_job JobState)" = RUNNING ]; then stop_asked preempted; else stop_asked cancelled; fi; }
+trap 'stop_asked time_limit' USR1
+trap on_term TERM
+
+# Runs a command that a trap may interrupt; its status.
+interruptible() {
+    "$@" &
+    STEP=$!
+    local status
+    while :; do
+        wait "$STEP"
+        status=$?
+        kill -0 "$STEP" 2> /dev/null || break
+    done
+    STEP=
+    return "$status"
+}
+
+# --- encoders --------------------------------------------------------------------------------------
+# Starts servers again for as long as they die; status 0 means that they were told to end, 2 that a
+# person has to put something right.
+keep_encoders() {
+    local status began wait_s=1
+    while :; do
+        began=$SECONDS
+        status=0
+        srun --job-name=encoders --kill-on-bad-exit=0 --ntasks-per-node=1 "${SRUN_INSIDE[@]}" "$@" "${INSIDE[@]}" \
+            dsr-scale serve "$CONFIG" "${OVERRIDES[@]}" encoder.server.listen="$ENCODER_LISTEN" || status=$?
+        [ "$status" = 0 ] && return
+        if [ "$status" = 2 ]; then
+            say "the encoders cannot start, see above; trainers wait for encoder.give_up_after_s"
+            return
+        fi
+        # One that lived ten minutes begins anew.
+        if ((SECONDS - began > 600)); then wait_s=1; fi
+        say "encoders ended with status $status; started again in $wait_s s, trainers wait"
+        sleep "$wait_s"
+        if ((wait_s < 60)); then wait_s=$((wait_s * 2)); fi
+    done
+}
+start_encoders() {
+    : "${ENCODER_LISTEN:=0.0.0.0:0}"
+    case $ENCODERS in
+        hetjob) keep_encoders --het-group=1 & ;;
+        colocated) keep_encoders "${HET[@]}" --overlap --nodes="$(count "$(trainer_nodes)")" & ;;
+        external) return ;;
+        *) say "found: ENCODERS=$ENCODERS; required: hetjob, colocated or external"; exit 2 ;;
+    esac
+    ENCODER_LOOP=$!
+}
+stop_encoders() {
+    [ -n "${ENCODER_LOOP:-}" ] || return 0
+    kill "$ENCODER_LOOP" 2> /dev/null || true
+    local step
+    for step in $(squeue --noheader --steps --job="$SLURM_JOB_ID" --format='%i %j' | awk '$2 == "encoders" { print $1 }'); do
+        scancel --signal=TERM "$step"
+    done
+    # They let requests end, leave the registry, and are killed with the job if that takes too long.
+    local deadline=$((SECONDS + 25))
+    while ((SECONDS < deadline)) && squeue --noheader --steps --job="$SLURM_JOB_ID" --format=%j | grep -qx encoders; do sleep 0.5; done
+}
+
+# --- trainers --------------------------------------------------------------------------------------
+# Both functions take the place of the shell that runs them, so that a signal to it reaches srun.
+srun_log() { (trap '' TERM INT; exec tee -a "$DSR_JOB/srun.log" >&2); }
+trainers() {
+    exec srun "${HET[@]}" --job-name=trainers --nodes="$NODES" --ntasks="$((NODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
+        --kill-on-bad-exit=1 "${SRUN_INSIDE[@]}" \
+        launchers/rank.sh "${INSIDE[@]}" dsr-scale train "$CONFIG" "${OVERRIDES[@]}" 2> >(srun_log)
+}
+preflight() {
+    local shared=()
+    if [ "$ENCODERS" = colocated ]; then shared=(--colocated); fi
+    exec srun "${HET[@]}" --job-name=preflight --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${SRUN_INSIDE[@]}" "${INSIDE[@]}" \
+        dsr-scale preflight "$CONFIG" "${OVERRIDES[@]}" --gpus-per-node "${GPUS_PER_NODE:-$TASKS_PER_NODE}" "${shared[@]}" \
+        ${REQUIRE_ENCODERS:+--require-encoders} 2> >(srun_log)
+}
+
+# One attempt on the nodes that are there: record, preflight, training, verdict. Sets ACTION, EXCLUDE, REASON.
+attempt() {
+    local nodes status=0 lost bad
+    nodes=$(trainer_nodes)
+    NODES=$(here dsr-scale job nodes "$CONFIG" "${OVERRIDES[@]}" --available "$(count "$nodes")" --gpus-per-node "$TASKS_PER_NODE") || exit
+    DSR_JOB=$(here dsr-scale job begin "$CONFIG" "${OVERRIDES[@]}" --job-id "$SLURM_JOB_ID" --nodes "$nodes" \
+        --grace-s "${GRACE_S:-0}") || exit
+    export DSR_JOB
+    # A container does not see the copy that Slurm runs.
+    cp "$0" "$DSR_JOB/record/launcher.sh"
+    DSR_NODE_ADDRESSES=$(for node in ${nodes//,/ }; do printf '%s=%s ' "$node" "$(address_of "$node")"; done)
+    MASTER_ADDR=$(address_of "${nodes%%,*}")
+    export DSR_NODE_ADDRESSES MASTER_ADDR
+    say "attempt in $DSR_JOB: $NODES nodes of $nodes"
+    interruptible preflight || status=$?
+    if [ "$status" = 0 ] && [ "$STOPPED" = none ]; then
+        interruptible trainers || status=$?
+    fi
+    lost=$(missing_from "$nodes" "$(trainer_nodes)")
+    bad=
+    if [ -f "$DSR_JOB/preflight/bad_nodes" ]; then bad=$(paste -sd, "$DSR_JOB/preflight/bad_nodes"); fi
+    ACTION=stop EXCLUDE='' REASON=''
+    eval "$(here dsr-scale job end "$CONFIG" "${OVERRIDES[@]}" --attempt "$DSR_JOB" --status "$status" --stopped "$STOPPED" \
+        --lost-nodes "$lost" --bad-nodes "$bad" --remaining "$(count "$(trainer_nodes)")" --gpus-per-node "$TASKS_PER_NODE" \
+        --srun-log "$DSR_JOB/srun.log")"
+    STATUS=$status
+}
+
+# Back into the queue, without the nodes in $1. The list can be changed only once the job is pending, and
+# Slurm ends this script as soon as it is: what is left is done while being ended.
+requeue() {
+    trap '' TERM
+    local job excluded
+    scontrol requeue "$SLURM_JOB_ID" || return
+    if [ -n "$1" ]; then
+        excluded=$(of_job ExcNodeList | sed 's/(null)//')
+        for job in "$TRAINER_JOB" ${SLURM_JOB_ID_HET_GROUP_1:-}; do
+            scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1"
+        done
+    fi
+}
+
+# The whole job: attempts until the run is finished, has to wait in the queue, or needs a person.
+run_job() {
+    local devices
+    devices=$(($(count "$(trainer_nodes)") * TASKS_PER_NODE))
+    [ -n "${SLURM_RESTART_COUNT:-}" ] && say "job $SLURM_JOB_ID was queued again, $SLURM_RESTART_COUNT times so far"
+    say "$devices devices on $(trainer_nodes), encoders: $ENCODERS"
+    here dsr-scale plan "$CONFIG" "${OVERRIDES[@]}" --devices "$devices" || exit
+    start_encoders
+    while :; do
+        attempt
+        [ "$ACTION" = restart ] || break
+        say "starting again on the nodes that are left: $REASON"
+    done
+    stop_encoders
+    case $ACTION in
+        finished) say "finished"; exit 0 ;;
+        requeue)
+            if [ "${REQUEUE:-1}" = 1 ]; then
+                say "requeued: $REASON"
+                requeue "$EXCLUDE"
+            else
+                say "not requeued because of REQUEUE=$REQUEUE; submit again to go on: $REASON"
+            fi
+            exit "$((STATUS ? STATUS : 1))" ;;
+        *) say "stopped: $REASON"; exit "$((STATUS ? STATUS : 1))" ;;
+    esac
+}
