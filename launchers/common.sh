@@ -143,7 +143,7 @@ preflight() {
         ${REQUIRE_ENCODERS:+--require-encoders} 2> >(srun_log)
 }
 
-# One attempt on the nodes that are there: record, preflight, training, verdict. Sets ACTION, EXCLUDE, REASON.
+# One attempt on the nodes that are there: record, preflight, training, verdict. Sets ACTION, REASON, STATUS.
 attempt() {
     local nodes status=0 lost bad
     nodes=$(trainer_nodes)
@@ -164,25 +164,39 @@ attempt() {
     lost=$(missing_from "$nodes" "$(trainer_nodes)")
     bad=
     if [ -f "$DSR_JOB/preflight/bad_nodes" ]; then bad=$(paste -sd, "$DSR_JOB/preflight/bad_nodes"); fi
-    ACTION=stop EXCLUDE='' REASON=''
+    ACTION=stop REASON=''
     eval "$(here dsr-scale job end "$CONFIG" "${OVERRIDES[@]}" --attempt "$DSR_JOB" --status "$status" --stopped "$STOPPED" \
         --lost-nodes "$lost" --bad-nodes "$bad" --remaining "$(count "$(trainer_nodes)")" --gpus-per-node "$TASKS_PER_NODE" \
         --srun-log "$DSR_JOB/srun.log")"
     STATUS=$status
 }
 
-# Back into the queue, without the nodes in $1. The list can be changed only once the job is pending, and
+# Nodes that earlier attempts of this job excluded.
+excluded() { here dsr-scale job excluded "$CONFIG" "${OVERRIDES[@]}" --job-id "$SLURM_JOB_ID"; }
+
+# Back into the queue, without the excluded nodes. The list can be changed only once the job is pending, and
 # Slurm ends this script as soon as it is: what is left is done while being ended.
 requeue() {
     trap '' TERM
-    local job excluded
+    local job nodes before
+    nodes=$(excluded)
+    before=$(of_job ExcNodeList | sed 's/(null)//')
     scontrol requeue "$SLURM_JOB_ID" || return
-    if [ -n "$1" ]; then
-        excluded=$(of_job ExcNodeList | sed 's/(null)//')
+    if [ -n "$nodes" ]; then
         for job in "$TRAINER_JOB" ${SLURM_JOB_ID_HET_GROUP_1:-}; do
-            scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1"
+            scontrol update JobId="$job" ExcNodeList="${before:+$before,}$nodes"
         done
     fi
+}
+# Slurm 22.05 ignores the list where a node of a heterogeneous job was lost: it is given once more then.
+leave_excluded_nodes() {
+    [ -n "${SLURM_RESTART_COUNT:-}" ] || return 0
+    local again
+    again=$(comm -12 <(excluded | tr ',' '\n' | sort) <(trainer_nodes | tr ',' '\n' | sort) | paste -sd, -)
+    [ -n "$again" ] || return 0
+    say "$again is excluded and was allocated again: back into the queue"
+    requeue
+    exit 1
 }
 
 # The whole job: attempts until the run is finished, has to wait in the queue, or needs a person.
@@ -191,6 +205,7 @@ run_job() {
     devices=$(($(count "$(trainer_nodes)") * TASKS_PER_NODE))
     [ -n "${SLURM_RESTART_COUNT:-}" ] && say "job $SLURM_JOB_ID was queued again, $SLURM_RESTART_COUNT times so far"
     say "$devices devices on $(trainer_nodes), encoders: $ENCODERS"
+    leave_excluded_nodes
     here dsr-scale plan "$CONFIG" "${OVERRIDES[@]}" --devices "$devices" || exit
     start_encoders
     while :; do
@@ -204,7 +219,7 @@ run_job() {
         requeue)
             if [ "${REQUEUE:-1}" = 1 ]; then
                 say "requeued: $REASON"
-                requeue "$EXCLUDE"
+                requeue
             else
                 say "not requeued because of REQUEUE=$REQUEUE; submit again to go on: $REASON"
             fi

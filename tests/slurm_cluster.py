@@ -98,6 +98,7 @@ class SlurmCluster:
     def __init__(self, root: Path, nodes: int) -> None:
         self.root = root
         self.nodes = nodes
+        self._down: list[str] = []
         self.environment = {**clean_environment(), "SLURM_CONF": str(root / "slurm.conf")}
         self._keeper = subprocess.Popen(
             [sys.executable, __file__, str(root), str(nodes)],
@@ -146,6 +147,31 @@ class SlurmCluster:
         shown = self.run("scontrol", "show", "job", "-o", job, check=False)
         match = re.search(rf"(?:^| ){name}=(\S*)", shown)
         return match[1] if match else ""
+
+    def nodes_of(self, job: str) -> list[str]:
+        """Names of a running job's nodes, of the first component."""
+        return self.run("scontrol", "show", "hostnames", self.field(job, "NodeList")).split()
+
+    def unused_nodes(self) -> list[str]:
+        """Nodes without a job."""
+        return self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()
+
+    def take_down(self, node: str) -> None:
+        """The node is lost at once, as far as Slurm is concerned."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        self._down.append(node)
+
+    def bring_back(self) -> None:
+        """Nodes that were taken down may be used again."""
+        for node in self._down:
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self._down.clear()
+
+    def clear(self) -> None:
+        """Ends all jobs and brings nodes that were taken down back."""
+        self.run("scancel", f"--user={psutil.Process().username()}")
+        until(lambda: not self.run("squeue", "-h").strip(), 60, lambda: self.run("squeue"))
+        self.bring_back()
 
     def state(self, job: str) -> str:
         """RUNNING, PENDING, COMPLETED, FAILED, …"""

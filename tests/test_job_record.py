@@ -85,8 +85,8 @@ FAILURE = Failure(1, "n1", "error", "ValueError", "bad 7", 12, "optimizer", 100.
 
 
 def evaluated(lines: str) -> list[str]:
-    """ACTION, EXCLUDE and REASON as bash has them after evaluating `lines`."""
-    script = 'eval "$1"; printf "%s\\n" "$ACTION" "$EXCLUDE" "$REASON"'
+    """ACTION and REASON as bash has them after evaluating `lines`."""
+    script = 'eval "$1"; printf "%s\\n" "$ACTION" "$REASON"'
     done = subprocess.run(
         ["bash", "-uc", script, "bash", lines], check=True, capture_output=True, text=True
     )
@@ -230,8 +230,8 @@ def test_a_job_through_failure_repeat_and_stop(config: Path, tmp_path: Path) -> 
     (first / "rank_00000.log").write_text("rank 0 speaks\n")
     save(run, 10)
     end = fresh("end", config, "--attempt", first, "--status", "1")
-    assert end.stdout == "ACTION=requeue\nEXCLUDE=\nREASON='rank 1 on n1: ValueError: bad 7'\n"
-    assert evaluated(end.stdout) == ["requeue", "", "rank 1 on n1: ValueError: bad 7"]
+    assert end.stdout == "ACTION=requeue\nREASON='rank 1 on n1: ValueError: bad 7'\n"
+    assert evaluated(end.stdout) == ["requeue", "rank 1 on n1: ValueError: bad 7"]
     assert end.stderr == (
         "==== why job 77 attempt 0 ended ====\n"
         "cause:  rank 1 on n1: ValueError: bad 7\n"
@@ -290,23 +290,27 @@ def test_a_reason_given_by_the_launcher_is_kept(config: Path) -> None:
 
 
 def test_lost_nodes_are_excluded_or_done_without(config: Path, tmp_path: Path) -> None:
+    def excluded() -> str:
+        return command("excluded", config, "--job-id", "77").stdout.strip()
+
     directory = command("begin", config, *BEGIN).stdout.strip()
+    assert excluded() == ""
     lost = ("--attempt", directory, "--status", "137", "--lost-nodes", "n1", "--gpus-per-node", "8")
     end = command("end", config, *lost, "--remaining", "1")
-    assert evaluated(end.stdout)[:2] == ["requeue", "n1"]
+    assert evaluated(end.stdout)[0] == "requeue" and excluded() == "n1"
     end = command("end", config, "recovery.shrink=true", *lost, "--remaining", "1")
-    assert evaluated(end.stdout)[:2] == ["restart", "n1"]
+    assert evaluated(end.stdout)[0] == "restart" and excluded() == "n1"
     assert "with 1 of the nodes that are left" in end.stdout
     # No node is left on which 16 images divide.
     end = command("end", config, "recovery.shrink=true", *lost, "--remaining", "0")
-    assert evaluated(end.stdout)[:2] == ["requeue", "n1"]
+    assert evaluated(end.stdout)[0] == "requeue" and excluded() == "n1"
 
 
 def test_a_stop_that_was_asked_for_is_no_failure(config: Path) -> None:
     directory = command("begin", config, *BEGIN).stdout.strip()
     end = ("end", config, "--attempt", directory, "--status")
     stopped = command(*end, "138", "--stopped", "time_limit")
-    assert evaluated(stopped.stdout) == ["requeue", "", "the time limit came near"]
+    assert evaluated(stopped.stdout) == ["requeue", "the time limit came near"]
     assert "failure" not in stopped.stderr
     assert evaluated(command(*end, "143", "--stopped", "cancelled").stdout)[0] == "stop"
     assert evaluated(command(*end, "0", "--stopped", "none").stdout)[0] == "finished"
@@ -317,7 +321,7 @@ def test_words_from_ranks_are_harmless_to_bash(config: Path, tmp_path: Path) -> 
     message = f'it\'s "$(touch {tmp_path}/pwned)" `touch {tmp_path}/pwned`; #'
     write_failure(directory / "rank_00001.failure.json", replace(FAILURE, message=message))
     end = command("end", config, "--attempt", directory, "--status", "1")
-    assert evaluated(end.stdout)[2] == f"rank 1 on n1: ValueError: {message}"
+    assert evaluated(end.stdout)[1] == f"rank 1 on n1: ValueError: {message}"
     assert not (tmp_path / "pwned").exists()
 
 

@@ -25,10 +25,17 @@ NODES = 6
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), NODES)
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def cluster(booted: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The cluster, left idle for the next test."""
+    yield booted
+    booted.clear()
 
 
 @pytest.fixture
@@ -86,6 +93,13 @@ class Job:
     def wait_for_exclusion(self, node: str) -> None:
         until(
             lambda: self.cluster.field(self.id, "ExcNodeList") == node,
+            60,
+            lambda: self.cluster.story(self.id, self.log),
+        )
+
+    def wait_for_requeue(self) -> None:
+        until(
+            lambda: self.cluster.field(self.id, "Restarts") == str(self.restarts + 1),
             60,
             lambda: self.cluster.story(self.id, self.log),
         )
@@ -278,32 +292,42 @@ sleep 300
 """
 
 
-@pytest.fixture
-def lost_node(cluster: SlurmCluster) -> Iterator[str]:
-    yield "node2"
-    cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME")
-    until(
-        lambda: "idle" in cluster.run("sinfo", "-h", "-n", "node2", "-o", "%T"), 30, lambda: "down"
-    )
-
-
-def test_a_lost_node_is_excluded_and_the_job_requeued(cluster, tmp_path, stand_in, lost_node):
+def test_a_lost_node_is_excluded_and_the_job_requeued(cluster, tmp_path, stand_in):
     job = Job(cluster, tmp_path, stand_in, TRAIN=LOST)
     job.wait_for_mark("up.0.*", 2)
-    cluster.run("scontrol", "update", f"NodeName={lost_node}", "State=DOWN", "Reason=test")
-    job.wait_for_exclusion(lost_node)
+    lost_node = cluster.nodes_of(job.id)[-1]
+    cluster.take_down(lost_node)
     job.start_now()
     job.wait("COMPLETED")
     assert lost_node in json.loads((job.attempt(1) / "job.json").read_text())["reason"]
     assert (job.marks / "ranks.1").read_text() == "2\n"
 
 
-def test_a_job_that_may_shrink_goes_on_at_once_without_a_lost_node(
-    cluster, tmp_path, stand_in, lost_node
-):
+def test_a_lost_node_that_came_back_is_left_again(cluster, tmp_path, stand_in):
+    job = Job(cluster, tmp_path, stand_in, TRAIN=LOST)
+    job.wait_for_mark("up.0.*", 2)
+    lost_node = cluster.nodes_of(job.id)[-1]
+    others = cluster.unused_nodes()
+    cluster.take_down(lost_node)
+    job.wait_for_requeue()
+    cluster.bring_back()
+    # Slurm has no choice but to give it to the job again.
+    for node in others:
+        cluster.take_down(node)
+    job.start_now()
+    job.wait_for_requeue()
+    cluster.bring_back()
+    job.start_now()
+    job.wait("COMPLETED")
+    assert f"{lost_node} is excluded and was allocated again" in job.text()
+    assert lost_node not in json.loads((job.attempt(1) / "job.json").read_text())["nodes"]
+
+
+def test_a_job_that_may_shrink_goes_on_at_once_without_a_lost_node(cluster, tmp_path, stand_in):
     job = Job(cluster, tmp_path, stand_in, TRAIN=LOST, OVERRIDES="recovery.shrink=true")
     job.wait_for_mark("up.0.*", 2)
-    cluster.run("scontrol", "update", f"NodeName={lost_node}", "State=DOWN", "Reason=test")
+    lost_node = cluster.nodes_of(job.id)[-1]
+    cluster.take_down(lost_node)
     job.wait("COMPLETED")
     assert cluster.field(job.id, "Restarts") == "0"
     assert (job.marks / "ranks.1").read_text() == "1\n"
@@ -348,9 +372,10 @@ def test_encoders_elsewhere_give_their_node_back(cluster, tmp_path, stand_in, ch
         20,
         lambda: cluster.story(job.id, job.log),
     )
+    trainers = set(cluster.nodes_of(job.id))
     job.wait("COMPLETED")
-    serving = {path.suffix for path in job.marks.glob("serving.*")}
-    assert serving == ({".node1", ".node2"} if choice == "colocated" else set())
+    serving = {path.suffix[1:] for path in job.marks.glob("serving.*")}
+    assert serving == (trainers if choice == "colocated" else set())
 
 
 def test_without_requeue_the_job_ends_and_says_how_to_go_on(cluster, tmp_path, stand_in):

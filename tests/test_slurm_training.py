@@ -30,10 +30,17 @@ NODES = 10
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), NODES)
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def cluster(booted: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The cluster, left idle for the next test."""
+    yield booted
+    booted.clear()
 
 
 class Job:
@@ -167,8 +174,7 @@ def test_a_dead_slurmd_costs_a_requeue_and_nothing_else(
     long = (*SHORT[1:], "training.steps=100000", "checkpoint.every_steps=50")
     job = Job(cluster, tmp_path, *long)
     job.wait_for_step(60)
-    node = cluster.field(job.id, "NodeList")
-    last = cluster.run("scontrol", "show", "hostnames", node).split()[-1]
+    last = cluster.nodes_of(job.id)[-1]
     cluster.kill_slurmd(last)
     # Slurm notices after SlurmdTimeout; the processes on that node go on until their peers are ended.
     until(lambda: cluster.state(job.id) == "PENDING", 180, job.story)
@@ -178,9 +184,7 @@ def test_a_dead_slurmd_costs_a_requeue_and_nothing_else(
     job.start_now()
     job.wait("RUNNING")
     job.wait_for_step(saved + 1)
-    assert last not in cluster.run(
-        "scontrol", "show", "hostnames", cluster.field(job.id, "NodeList")
-    )
+    assert last not in cluster.nodes_of(job.id)
     cluster.run("scancel", job.id)
     job.wait("CANCELLED", "COMPLETED", "FAILED")
     same = run_training(tmp_path / "again", f"training.steps={saved}", *SHORT[1:], ranks=2)

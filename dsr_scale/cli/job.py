@@ -110,6 +110,23 @@ def nodes(
     typer.echo(nodes_to_use(run, available, gpus_per_node))
 
 
+@app.command("excluded")
+def excluded(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    job_id: Annotated[str, typer.Option("--job-id", help="The job's number.")],
+) -> None:
+    """Print the nodes that attempts of the job have excluded: a,b."""
+    from dsr_scale.config.load import load_run
+    from dsr_scale.job import policy
+    from dsr_scale.job.attempt import attempts_of
+
+    run = load_run(config, overrides or [])
+    earlier = policy.history(attempts_of(Path(run.directory).resolve(), job_id))
+    typer.echo(",".join(sorted({node for past in earlier for node in past.exclude})))
+
+
 @app.command("end")
 def end(
     config: Config,
@@ -184,7 +201,6 @@ def end(
     except (OSError, InputError) as error:
         typer.echo(f"not kept in {directory}: {error}", err=True)
     typer.echo(f"ACTION={decision.action}")
-    typer.echo(f"EXCLUDE={','.join(decision.exclude)}")
     typer.echo(f"REASON={shlex.quote(' '.join(decision.reason.split()))}")
 
 
