@@ -188,7 +188,8 @@ requeue() {
         done
     fi
 }
-# Slurm 22.05 ignores the list where a node of a heterogeneous job was lost: it is given once more then.
+# Slurm 22.05 refuses or ignores the list of a job that has just lost a node. That node is down; where it came
+# back and was given to the job again, the list is taken now.
 leave_excluded_nodes() {
     [ -n "${SLURM_RESTART_COUNT:-}" ] || return 0
     local again

@@ -5,6 +5,8 @@ Whatever a cluster does to a job, its weights are those of a run that nobody dis
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import stat
@@ -88,6 +90,7 @@ class Job:
 
     def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         def reached() -> bool:
+            assert self.cluster.state(self.id) != "FAILED", self.story()
             if not (self.run / "metrics.jsonl").exists():
                 return False
             records = read_metrics(self.run)
@@ -96,18 +99,11 @@ class Job:
         until(reached, timeout_s, self.story)
 
     def trainer(self, rank: int) -> int:
-        """Process of a rank."""
-        for process in self.cluster.processes("dsr-scale", "train"):
-            try:
-                if (
-                    process.environ().get("SLURM_PROCID") == str(rank)
-                    and "python" in process.name()
-                ):
-                    parent = process.parent()
-                    if parent is not None and "bash" in parent.name():
-                        return process.pid
-            except Exception:
-                continue
+        """Process of a rank: the child of its wrapper."""
+        for wrapper in self.cluster.processes("launchers/rank.sh"):
+            for child in wrapper.children():
+                if child.environ().get("SLURM_PROCID") == str(rank) and child.name() != "tee":
+                    return child.pid
         raise AssertionError(f"no rank {rank}\n{self.story()}")
 
     def start_now(self) -> None:
@@ -129,7 +125,7 @@ def same_weights(one: Path, other: Path, step: int, tolerance: float = 0.0) -> N
         assert difference <= tolerance, f"{name} differs by {difference}"
 
 
-STEPS = 60
+STEPS = 120
 SHORT = (f"training.steps={STEPS}", "checkpoint.every_steps=10", "training.precision=fp32")
 
 
@@ -152,7 +148,7 @@ def test_signal_kill_and_hang_of_a_rank_leave_no_trace_in_the_weights(
     os.kill(job.trainer(1), signal.SIGKILL)
     job.start_now()
     job.wait("RUNNING")
-    job.wait_for_step(35)
+    job.wait_for_step(45)
     os.kill(job.trainer(1), signal.SIGSTOP)
     job.start_now()
     job.wait("COMPLETED")
@@ -178,7 +174,8 @@ def test_a_dead_slurmd_costs_a_requeue_and_nothing_else(
     cluster.kill_slurmd(last)
     # Slurm notices after SlurmdTimeout; the processes on that node go on until their peers are ended.
     until(lambda: cluster.state(job.id) == "PENDING", 180, job.story)
-    assert last in cluster.field(job.id, "ExcNodeList").split(",")
+    outcome = json.loads((job.run / "jobs" / job.id / "0" / "outcome.json").read_text())
+    assert outcome["exclude"] == [last]
     saved = complete_steps(job.run)[-1]
     assert f"node {last}" in job.summary(0)
     job.start_now()
@@ -230,13 +227,9 @@ def test_a_full_disk_ends_the_job_with_what_was_needed(cluster: SlurmCluster, tm
     try:
         job = Job(cluster, tmp_path, "training.steps=100000", "checkpoint.every_steps=20")
         job.wait_for_step(5)
-        with (disk / "filler").open("wb") as filler:
-            try:
-                while True:
-                    filler.write(bytes(4096))
-                    filler.flush()
-            except OSError:
-                pass
+        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
         job.wait("FAILED")
         assert "no space left" in job.log.read_text().lower(), job.story()
     finally:
@@ -247,12 +240,15 @@ def test_eight_nodes_with_encoders_from_submission_to_samples(
     cluster: SlurmCluster, tmp_path: Path
 ):
     steps = 12
-    settings = (f"training.steps={steps}", "checkpoint.every_steps=4")
+    settings = (
+        f"training.steps={steps}",
+        "checkpoint.every_steps=4",
+        "training.microbatch_images=2",
+    )
     layout = ("parallel.tp=2", "parallel.pp=2", "encoder.mode=service")
     job = Job(cluster, tmp_path, *settings, *layout, launcher="t2i_8node.sh")
     job.wait_for_step(2, timeout_s=300)
-    server = next(p for p in cluster.processes("dsr-scale", "serve") if "python" in p.name())
-    server.kill()
+    cluster.processes("dsr-scale", "serve", "encoder.mode=service")[0].kill()
     job.wait_for_step(4, timeout_s=120)
     cluster.signal_batch(job.id, "USR1")
     job.start_now()

@@ -51,6 +51,7 @@ CONFIG = {
 
 def write_config(folder: Path) -> Path:
     """The tiny run file, writing into `folder`/run."""
+    folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**CONFIG, "directory": str(folder / "run")}))
     return path
