@@ -33,6 +33,9 @@ here() {
 
 # --- what Slurm knows ------------------------------------------------------------------------------
 TASKS_PER_NODE=${SLURM_TASKS_PER_NODE%%(*}
+# srun does not take --cpus-per-task over from sbatch; a heterogeneous job has one for each part.
+CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}
+ENCODER_CPUS=${SLURM_CPUS_PER_TASK_HET_GROUP_1:-$CPUS_PER_TASK}
 TRAINER_JOB=${SLURM_JOB_ID_HET_GROUP_0:-$SLURM_JOB_ID}
 HET=()           # options that choose the trainers' part of a heterogeneous job
 [ -n "${SLURM_HET_SIZE:-}" ] && HET=(--het-group=0)
@@ -51,12 +54,10 @@ if [ -n "${NETWORK_INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
 fi
 # Without it a library with threads of its own takes all cores of the node, in every rank.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-# So that a hang can say which collective it was in.
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_TASK}
 
 # --- signals: asked to stop ------------------------------------------------------------------------
-STOPPED=none     # time_limit, preempted or cancelled
+STOPPED=none     # time_limit, preempted, cancelled, or encoders: they cannot start
 STEP=            # process of the srun that is running
 stop_asked() {
     STOPPED=$1
@@ -68,6 +69,7 @@ stop_asked() {
 on_term() { if [ "$(of_job JobState)" = RUNNING ]; then stop_asked preempted; else stop_asked cancelled; fi; }
 trap 'stop_asked time_limit' USR1
 trap on_term TERM
+trap 'stop_asked encoders' USR2
 
 # Runs a command that a trap may interrupt; its status.
 interruptible() {
@@ -91,11 +93,12 @@ keep_encoders() {
     while :; do
         began=$SECONDS
         status=0
-        srun --job-name=encoders --kill-on-bad-exit=0 --ntasks-per-node=1 "${SRUN_INSIDE[@]}" "$@" "${INSIDE[@]}" \
+        srun --job-name=encoders --kill-on-bad-exit=0 --ntasks-per-node=1 --cpus-per-task="$ENCODER_CPUS" "${SRUN_INSIDE[@]}" "$@" "${INSIDE[@]}" \
             dsr-scale serve "$CONFIG" "${OVERRIDES[@]}" encoder.server.listen="$ENCODER_LISTEN" || status=$?
         [ "$status" = 0 ] && return
         if [ "$status" = 2 ]; then
-            say "the encoders cannot start, see above; trainers wait for encoder.give_up_after_s"
+            # Trainers would wait for encoder.give_up_after_s, and then do it all again.
+            kill -USR2 $$
             return
         fi
         # One that lived ten minutes begins anew.
@@ -132,7 +135,7 @@ stop_encoders() {
 srun_log() { (trap '' TERM INT; exec tee -a "$DSR_JOB/srun.log" >&2); }
 trainers() {
     exec srun "${HET[@]}" --job-name=trainers --nodes="$NODES" --ntasks="$((NODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
-        --kill-on-bad-exit=1 "${SRUN_INSIDE[@]}" \
+        --cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=1 "${SRUN_INSIDE[@]}" \
         launchers/rank.sh "${INSIDE[@]}" dsr-scale train "$CONFIG" "${OVERRIDES[@]}" 2> >(srun_log)
 }
 preflight() {
@@ -143,11 +146,17 @@ preflight() {
         ${REQUIRE_ENCODERS:+--require-encoders} 2> >(srun_log)
 }
 
+# How many of the nodes that are there to use.
+choose_nodes() {
+    NODES=$(here dsr-scale job nodes "$CONFIG" "${OVERRIDES[@]}" --available "$(count "$(trainer_nodes)")" \
+        --gpus-per-node "$TASKS_PER_NODE" --encoders "$ENCODERS")
+}
+
 # One attempt on the nodes that are there: record, preflight, training, verdict. Sets ACTION, REASON, STATUS.
 attempt() {
     local nodes status=0 lost bad
     nodes=$(trainer_nodes)
-    NODES=$(here dsr-scale job nodes "$CONFIG" "${OVERRIDES[@]}" --available "$(count "$nodes")" --gpus-per-node "$TASKS_PER_NODE") || exit
+    choose_nodes || exit
     DSR_JOB=$(here dsr-scale job begin "$CONFIG" "${OVERRIDES[@]}" --job-id "$SLURM_JOB_ID" --nodes "$nodes" \
         --grace-s "${GRACE_S:-0}") || exit
     export DSR_JOB
@@ -158,7 +167,9 @@ attempt() {
     export DSR_NODE_ADDRESSES MASTER_ADDR
     say "attempt in $DSR_JOB: $NODES nodes of $nodes"
     interruptible preflight || status=$?
-    if [ "$status" = 0 ] && [ "$STOPPED" = none ]; then
+    if [ "$STOPPED" != none ]; then
+        status=138
+    elif [ "$status" = 0 ]; then
         interruptible trainers || status=$?
     fi
     lost=$(missing_from "$nodes" "$(trainer_nodes)")
@@ -202,12 +213,11 @@ leave_excluded_nodes() {
 
 # The whole job: attempts until the run is finished, has to wait in the queue, or needs a person.
 run_job() {
-    local devices
-    devices=$(($(count "$(trainer_nodes)") * TASKS_PER_NODE))
     [ -n "${SLURM_RESTART_COUNT:-}" ] && say "job $SLURM_JOB_ID was queued again, $SLURM_RESTART_COUNT times so far"
-    say "$devices devices on $(trainer_nodes), encoders: $ENCODERS"
+    say "$TASKS_PER_NODE trainers on each of $(trainer_nodes), encoders: $ENCODERS"
     leave_excluded_nodes
-    here dsr-scale plan "$CONFIG" "${OVERRIDES[@]}" --devices "$devices" || exit
+    choose_nodes || exit
+    here dsr-scale plan "$CONFIG" "${OVERRIDES[@]}" --devices "$((NODES * TASKS_PER_NODE))" || exit
     start_encoders
     while :; do
         attempt

@@ -53,6 +53,7 @@ DONE = Cause("done", "all steps are done")
 PREEMPTED = Cause("preempted", "preempted")
 TIME_LIMIT = Cause("time_limit", "the time limit came near")
 CANCELLED = Cause("cancelled", "cancelled")
+ENCODERS = Cause("encoders", "the encoder servers cannot start")
 
 Past = list[tuple[Cause, int | None]]
 
@@ -78,6 +79,7 @@ def job(past: Past, *, nodes: tuple[str, ...] = NODES, most: int = 10) -> list[D
     ("cause", "action", "exclude", "failures"),
     [
         (DONE, "finished", (), 0),
+        (ENCODERS, "stop", (), 0),
         (TIME_LIMIT, "requeue", (), 0),
         (PREEMPTED, "requeue", (), 0),
         (CANCELLED, "stop", (), 0),

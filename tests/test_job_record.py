@@ -289,6 +289,15 @@ def test_a_reason_given_by_the_launcher_is_kept(config: Path) -> None:
     assert Attempt.read(Path(directory)).reason == "a restart in place"
 
 
+@pytest.mark.parametrize("encoders", ["hetjob", "colocated"])
+def test_servers_that_nobody_would_ask_are_refused(config: Path, encoders: str) -> None:
+    nodes = ("nodes", config, "--available", "1", "--gpus-per-node", "1", "--encoders")
+    done = fresh(*nodes, encoders, "encoder.mode=inline", expect=2)
+    assert f"ENCODERS={encoders}, and encoder.mode is inline" in done.stderr
+    assert fresh(*nodes, encoders, "encoder.mode=service").stdout == "1\n"
+    assert fresh(*nodes, "external", "encoder.mode=inline").stdout == "1\n"
+
+
 def test_lost_nodes_are_excluded_or_done_without(config: Path, tmp_path: Path) -> None:
     def excluded() -> str:
         return command("excluded", config, "--job-id", "77").stdout.strip()

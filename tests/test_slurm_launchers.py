@@ -133,14 +133,14 @@ def test_a_job_trains_beside_its_encoders_and_leaves_a_record(cluster, tmp_path,
         cluster,
         tmp_path,
         stand_in,
-        TRAIN='sleep 1; echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS at $MASTER_ADDR"',
+        TRAIN='sleep 1; echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS at $MASTER_ADDR, $SLURM_CPUS_PER_TASK cores"',
         SERVE="trap 'touch \"$MARKS/left.$SLURMD_NODENAME\"; exit 0' TERM; sleep 600 & wait",
         WANDB_API_KEY="hush",
     )
     job.wait("COMPLETED")
     attempt = job.attempt(0)
     logs = [(attempt / f"rank_0000{rank}.log").read_text() for rank in range(2)]
-    assert logs == [f"rank {rank} of 2 at 127.0.0.11\n" for rank in range(2)]
+    assert logs == [f"rank {rank} of 2 at 127.0.0.11, 12 cores\n" for rank in range(2)]
     assert "rank 0 of 2" in job.text() and "rank 1 of 2" not in job.text()
     assert len(list(job.marks.glob("left.*"))) == 2, "encoders were not asked to end"
     record = attempt / "record"
@@ -384,3 +384,17 @@ def test_without_requeue_the_job_ends_and_says_how_to_go_on(cluster, tmp_path, s
     cluster.signal_batch(job.id, "USR1")
     job.wait("FAILED")
     assert "submit again to go on" in job.text()
+
+
+def test_encoders_that_cannot_start_end_the_job(cluster, tmp_path, stand_in):
+    job = Job(
+        cluster,
+        tmp_path,
+        stand_in,
+        SERVE='while ! ls "$MARKS" | grep -q up; do sleep 0.2; done; echo "found: no weights" >&2; exit 2',
+        TRAIN=PATIENT,
+    )
+    job.wait("FAILED")
+    assert "encoder servers cannot start" in job.text() and "found: no weights" in job.text()
+    assert len(list(job.marks.glob("asked.*"))) == 2
+    assert cluster.field(job.id, "Restarts") == "0"

@@ -287,3 +287,18 @@ def test_exporting_a_run_without_a_checkpoint_says_so(cluster: SlurmCluster, tmp
     )
     cluster.wait_for(job, "FAILED", timeout_s=60, log=log)
     assert "no complete checkpoint" in log.read_text()
+
+
+def test_a_first_host_that_cannot_be_found_is_named(cluster: SlurmCluster, tmp_path: Path):
+    done = subprocess.run(
+        [
+            *("srun", "--nodes=2", "--ntasks-per-node=1"),
+            *("dsr-scale", "train", str(write_config(tmp_path))),
+        ],
+        env={**cluster.environment, "MASTER_ADDR": "no-such-host.invalid", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "no-such-host.invalid" in done.stderr and "MASTER_ADDR" in done.stderr
+    assert "rank 1" in done.stderr and "what to do" in done.stderr

@@ -31,12 +31,21 @@ Overrides = Annotated[
 ]
 
 
+class Encoders(enum.StrEnum):
+    """Where a launcher runs encoder servers."""
+
+    hetjob = "hetjob"
+    colocated = "colocated"
+    external = "external"
+
+
 class Stopped(enum.StrEnum):
-    """What Slurm asked for."""
+    """Why trainers were asked to end."""
 
     time_limit = "time_limit"
     preempted = "preempted"
     cancelled = "cancelled"
+    encoders = "encoders"
     none = "none"
 
 
@@ -101,12 +110,22 @@ def nodes(
     gpus_per_node: Annotated[
         int, typer.Option("--gpus-per-node", min=1, help="Ranks on each node.")
     ],
+    encoders: Annotated[
+        Encoders, typer.Option("--encoders", help="Where encoder servers run.")
+    ] = Encoders.external,
 ) -> None:
     """Print the number of nodes to use; with recovery.shrink the most on which the run fits."""
+    from dsr_scale.base.errors import InputError
     from dsr_scale.config.load import load_run
     from dsr_scale.job.layouts import nodes_to_use
 
     run = load_run(config, overrides or [])
+    if encoders is not Encoders.external and run.encoder.mode != "service":
+        raise InputError(
+            found=f"ENCODERS={encoders}, and encoder.mode is {run.encoder.mode}",
+            required="encoder.mode = service for encoder servers to be asked",
+            remedy="set encoder.mode=service; or ENCODERS=external, which starts no servers",
+        )
     typer.echo(nodes_to_use(run, available, gpus_per_node))
 
 
@@ -135,7 +154,7 @@ def end(
     attempt: Annotated[Path, typer.Option("--attempt", help="The directory that begin printed.")],
     status: Annotated[int, typer.Option("--status", help="Exit status of the trainers.")],
     stopped: Annotated[
-        Stopped, typer.Option("--stopped", help="What Slurm asked for.")
+        Stopped, typer.Option("--stopped", help="Why trainers were asked to end.")
     ] = Stopped.none,
     lost_nodes: Annotated[str, typer.Option("--lost-nodes", help="Nodes that are down: a,b.")] = "",
     bad_nodes: Annotated[

@@ -24,6 +24,7 @@ Kind = Literal[
     "time_limit",
     "preempted",
     "cancelled",
+    "encoders",
     "lost_node",
     "bad_node",
     "hang",
@@ -43,6 +44,7 @@ _STOPS: dict[Stopped, str] = {
     "time_limit": "the time limit came near",
     "preempted": "preempted",
     "cancelled": "cancelled",
+    "encoders": "the encoder servers cannot start, the job's log says why",
 }
 _SIGNALS = {
     signal.SIGKILL: "killed (SIGKILL): out of host memory, or by hand",

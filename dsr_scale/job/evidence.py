@@ -10,7 +10,7 @@ from typing import Literal
 
 from dsr_scale.job.failures import Failure, RankEnd, read_ends, read_failures
 
-Stopped = Literal["time_limit", "preempted", "cancelled"]
+Stopped = Literal["time_limit", "preempted", "cancelled", "encoders"]
 
 FULL_BYTES = 64 << 20
 """A disk with less room than this is full."""

@@ -28,7 +28,8 @@ BATCH_SCRIPT_LOST = "node of the batch script lost, or preempted"
 MOST_FRUITLESS = 3
 """Attempts in a row that met the time limit and left no new checkpoint; a stop at the limit saves one."""
 
-_NO_FAILURES: tuple[Kind, ...] = ("done", "time_limit", "preempted", "cancelled")
+_NO_FAILURES: tuple[Kind, ...] = ("done", "time_limit", "preempted", "cancelled", "encoders")
+_ENDS: tuple[Kind, ...] = ("cancelled", "encoders")
 _BLAMES_NODE: tuple[Kind, ...] = ("hang", "signal", "exit", "error")
 
 
@@ -142,7 +143,7 @@ def decide(
         action = "stop"
         reason = f"{MOST_FRUITLESS} times in a row the time limit came before a save: raise --time"
     elif not failed:
-        action, reason = "stop" if cause.kind == "cancelled" else "requeue", cause.line
+        action, reason = "stop" if cause.kind in _ENDS else "requeue", cause.line
     else:
         lost = cause.kind == "lost_node" and recovery.shrink and smaller is not None
         action, reason = "restart" if lost else "requeue", cause.line
