@@ -17,7 +17,7 @@ INSIDE=()        # put before a command
 SRUN_INSIDE=()   # options of srun
 case ${CONTAINER:-none} in
     none) ;;
-    apptainer) INSIDE=(apptainer exec --nv --bind "$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD" "$CONTAINER_IMAGE") ;;
+    apptainer) INSIDE=(apptainer exec --nv --bind "$PWD${TMPDIR:+,$TMPDIR}${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD" "$CONTAINER_IMAGE") ;;
     pyxis) SRUN_INSIDE=(--container-image="$CONTAINER_IMAGE" --container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --container-workdir="$PWD") ;;
     *) say "found: CONTAINER=$CONTAINER; required: none, pyxis or apptainer; what to do: correct $SITE"; exit 2 ;;
 esac
@@ -25,7 +25,9 @@ esac
 # A command on the node of the batch script, inside the container.
 here() {
     if [ ${#SRUN_INSIDE[@]} -gt 0 ]; then
-        srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${SRUN_INSIDE[@]}" "$@"
+        # By its name the image is unpacked once.
+        srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${SRUN_INSIDE[@]}" \
+            --container-name="dsr-$SLURM_JOB_ID" "$@"
     else
         "${INSIDE[@]}" "$@"
     fi
@@ -41,7 +43,15 @@ HET=()           # options that choose the trainers' part of a heterogeneous job
 [ -n "${SLURM_HET_SIZE:-}" ] && HET=(--het-group=0)
 GRACE_S=$(sed -n 's/^#SBATCH --signal=B:USR1@//p' "$0" | head -n 1)
 
-of_job() { scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null | grep -E "^JobId=$TRAINER_JOB " | grep -oE " $1=[^ ]*" | head -n 1 | cut -d= -f2; }
+of_job() {
+    local record=''
+    # A controller that restarts does not answer for a while; nothing may be concluded from that.
+    for _ in 1 2 3 4 5 6; do
+        record=$(scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null) && break
+        sleep 5
+    done
+    grep -E "^JobId=$TRAINER_JOB " <<< "$record" | grep -oE " $1=[^ ]*" | head -n 1 | cut -d= -f2
+}
 hosts() { scontrol show hostnames "$1" | paste -sd, -; }
 # Nodes of the trainers that Slurm has not taken away; they are fewer than at the start once one is lost.
 trainer_nodes() { hosts "$(of_job NodeList)"; }
@@ -65,8 +75,19 @@ stop_asked() {
     # srun hands this signal to its tasks; TERM it would turn into a kill. Cancelling tells the tasks itself.
     if [ -n "$STEP" ] && [ "$1" != cancelled ]; then kill -USR1 "$STEP" 2> /dev/null || true; fi
 }
-# On a cancelled job Slurm's state says so; a preempted one is running until its grace is over.
-on_term() { if [ "$(of_job JobState)" = RUNNING ]; then stop_asked preempted; else stop_asked cancelled; fi; }
+# Slurm's state says whether a job was cancelled; a preempted one is running until its grace is over.
+on_term() {
+    if [ -n "${DSR_JOB:-}" ] && [ "$(of_job Reason)" = TimeLimit ]; then
+        say "the time limit came before the save was done: raise the seconds of --signal"
+        STOPPED=time_limit
+        conclude 143
+        follow
+    fi
+    case $(of_job JobState) in
+        RUNNING | '') stop_asked preempted ;;
+        *) stop_asked cancelled ;;
+    esac
+}
 trap 'stop_asked time_limit' USR1
 trap on_term TERM
 trap 'stop_asked encoders' USR2
@@ -93,7 +114,7 @@ keep_encoders() {
     while :; do
         began=$SECONDS
         status=0
-        srun --job-name=encoders --kill-on-bad-exit=0 --ntasks-per-node=1 --cpus-per-task="$ENCODER_CPUS" "${SRUN_INSIDE[@]}" "$@" "${INSIDE[@]}" \
+        srun --job-name=encoders --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="$ENCODER_CPUS" "${SRUN_INSIDE[@]}" "$@" "${INSIDE[@]}" \
             dsr-scale serve "$CONFIG" "${OVERRIDES[@]}" encoder.server.listen="$ENCODER_LISTEN" || status=$?
         [ "$status" = 0 ] && return
         if [ "$status" = 2 ]; then
@@ -141,7 +162,8 @@ trainers() {
 preflight() {
     local shared=()
     if [ "$ENCODERS" = colocated ]; then shared=(--colocated); fi
-    exec srun "${HET[@]}" --job-name=preflight --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "${SRUN_INSIDE[@]}" "${INSIDE[@]}" \
+    exec srun "${HET[@]}" --job-name=preflight --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
+        --cpus-per-task="$((CPUS_PER_TASK * TASKS_PER_NODE))" --kill-on-bad-exit=0 "${SRUN_INSIDE[@]}" "${INSIDE[@]}" \
         dsr-scale preflight "$CONFIG" "${OVERRIDES[@]}" --gpus-per-node "${GPUS_PER_NODE:-$TASKS_PER_NODE}" "${shared[@]}" \
         ${REQUIRE_ENCODERS:+--require-encoders} 2> >(srun_log)
 }
@@ -152,34 +174,56 @@ choose_nodes() {
         --gpus-per-node "$TASKS_PER_NODE" --encoders "$ENCODERS")
 }
 
-# One attempt on the nodes that are there: record, preflight, training, verdict. Sets ACTION, REASON, STATUS.
+# One attempt on the nodes that are there: record, preflight, training, verdict.
 attempt() {
-    local nodes status=0 lost bad
-    nodes=$(trainer_nodes)
+    local status=0
+    ATTEMPT_NODES=$(trainer_nodes)
     choose_nodes || exit
-    DSR_JOB=$(here dsr-scale job begin "$CONFIG" "${OVERRIDES[@]}" --job-id "$SLURM_JOB_ID" --nodes "$nodes" \
+    DSR_JOB=$(here dsr-scale job begin "$CONFIG" "${OVERRIDES[@]}" --job-id "$SLURM_JOB_ID" --nodes "$ATTEMPT_NODES" \
         --grace-s "${GRACE_S:-0}") || exit
     export DSR_JOB
     # A container does not see the copy that Slurm runs.
     cp "$0" "$DSR_JOB/record/launcher.sh"
-    DSR_NODE_ADDRESSES=$(for node in ${nodes//,/ }; do printf '%s=%s ' "$node" "$(address_of "$node")"; done)
-    MASTER_ADDR=$(address_of "${nodes%%,*}")
+    DSR_NODE_ADDRESSES=$(for node in ${ATTEMPT_NODES//,/ }; do printf '%s=%s ' "$node" "$(address_of "$node")"; done)
+    MASTER_ADDR=$(address_of "${ATTEMPT_NODES%%,*}")
     export DSR_NODE_ADDRESSES MASTER_ADDR
-    say "attempt in $DSR_JOB: $NODES nodes of $nodes"
+    say "attempt in $DSR_JOB: $NODES nodes of $ATTEMPT_NODES"
     interruptible preflight || status=$?
     if [ "$STOPPED" != none ]; then
         status=138
     elif [ "$status" = 0 ]; then
         interruptible trainers || status=$?
     fi
-    lost=$(missing_from "$nodes" "$(trainer_nodes)")
-    bad=
+    conclude "$status"
+}
+
+# Why the attempt ended, with status $1, and what follows: sets ACTION, REASON and STATUS.
+conclude() {
+    local left lost='' bad=''
+    STATUS=$1
+    left=$(trainer_nodes)
+    if [ -n "$left" ]; then lost=$(missing_from "$ATTEMPT_NODES" "$left"); else left=$ATTEMPT_NODES; fi
     if [ -f "$DSR_JOB/preflight/bad_nodes" ]; then bad=$(paste -sd, "$DSR_JOB/preflight/bad_nodes"); fi
-    ACTION=stop REASON=''
-    eval "$(here dsr-scale job end "$CONFIG" "${OVERRIDES[@]}" --attempt "$DSR_JOB" --status "$status" --stopped "$STOPPED" \
-        --lost-nodes "$lost" --bad-nodes "$bad" --remaining "$(count "$(trainer_nodes)")" --gpus-per-node "$TASKS_PER_NODE" \
+    ACTION=stop REASON="dsr-scale job end gave no answer, see $DSR_JOB"
+    eval "$(here dsr-scale job end "$CONFIG" "${OVERRIDES[@]}" --attempt "$DSR_JOB" --status "$STATUS" --stopped "$STOPPED" \
+        --lost-nodes "$lost" --bad-nodes "$bad" --remaining "$(count "$left")" --gpus-per-node "$TASKS_PER_NODE" \
         --srun-log "$DSR_JOB/srun.log")"
-    STATUS=$status
+}
+
+# Ends the job as ACTION says.
+follow() {
+    case $ACTION in
+        finished) say "finished"; exit 0 ;;
+        requeue)
+            if [ "${REQUEUE:-1}" = 1 ]; then
+                say "requeued: $REASON"
+                requeue
+            else
+                say "not requeued because of REQUEUE=$REQUEUE; submit again to go on: $REASON"
+            fi ;;
+        *) say "stopped: $REASON" ;;
+    esac
+    exit "$((STATUS ? STATUS : 1))"
 }
 
 # Nodes that earlier attempts of this job excluded.
@@ -192,7 +236,10 @@ requeue() {
     local job nodes before
     nodes=$(excluded)
     before=$(of_job ExcNodeList | sed 's/(null)//')
-    scontrol requeue "$SLURM_JOB_ID" || return
+    for _ in 1 2 3 4 5 6; do
+        scontrol requeue "$SLURM_JOB_ID" && break
+        sleep 5
+    done
     if [ -n "$nodes" ]; then
         for job in "$TRAINER_JOB" ${SLURM_JOB_ID_HET_GROUP_1:-}; do
             scontrol update JobId="$job" ExcNodeList="${before:+$before,}$nodes"
@@ -202,7 +249,8 @@ requeue() {
 # Slurm 22.05 refuses or ignores the list of a job that has just lost a node. That node is down; where it came
 # back and was given to the job again, the list is taken now.
 leave_excluded_nodes() {
-    [ -n "${SLURM_RESTART_COUNT:-}" ] || return 0
+    # Not for ever: where Slurm keeps to its choice, the preflight judges the node.
+    ((${SLURM_RESTART_COUNT:-0} % 3)) || return 0
     local again
     again=$(comm -12 <(excluded | tr ',' '\n' | sort) <(trainer_nodes | tr ',' '\n' | sort) | paste -sd, -)
     [ -n "$again" ] || return 0
@@ -225,16 +273,5 @@ run_job() {
         say "starting again on the nodes that are left: $REASON"
     done
     stop_encoders
-    case $ACTION in
-        finished) say "finished"; exit 0 ;;
-        requeue)
-            if [ "${REQUEUE:-1}" = 1 ]; then
-                say "requeued: $REASON"
-                requeue
-            else
-                say "not requeued because of REQUEUE=$REQUEUE; submit again to go on: $REASON"
-            fi
-            exit "$((STATUS ? STATUS : 1))" ;;
-        *) say "stopped: $REASON"; exit "$((STATUS ? STATUS : 1))" ;;
-    esac
+    follow
 }

@@ -14,6 +14,7 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --open-mode=append
@@ -27,5 +28,7 @@ source "${SLURM_SUBMIT_DIR:-.}/launchers/common.sh"
 : "${ENCODER_LISTEN:=0.0.0.0:0}"
 keep_encoders --nodes="$SLURM_JOB_NUM_NODES" &
 ENCODER_LOOP=$!
-trap 'stop_encoders; exit 0' TERM USR1
+trap 'stop_encoders; exit 0' TERM
+trap 'stop_encoders; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+trap 'say "the encoders cannot start, see above"; exit 2' USR2
 wait "$ENCODER_LOOP"

@@ -11,7 +11,8 @@ trap : TERM INT USR1
 rank=$(printf '%05d' "$SLURM_PROCID")
 node=${SLURMD_NODENAME:-$(hostname)}
 log=$DSR_JOB/rank_$rank.log
-DSR_FAILURE=$(mktemp) || exit
+# TMPDIR may be a directory of the host that a container does not have.
+DSR_FAILURE=$(mktemp 2> /dev/null || mktemp -p /tmp) || exit
 export DSR_FAILURE
 
 if [ "$SLURM_PROCID" = 0 ]; then

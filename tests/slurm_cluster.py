@@ -197,7 +197,9 @@ class SlurmCluster:
         # Slurm numbers credentials by the second; started at once, the old one would be refused.
         time.sleep(2)
         for number in range(components):
-            self.run("scontrol", "update", f"JobId={int(job) + number}", "StartTime=now")
+            # The first may have started the others with it.
+            component = f"JobId={int(job) + number}"
+            self.run("scontrol", "update", component, "StartTime=now", check=number == 0)
 
     def signal_batch(self, job: str, name: str) -> None:
         """What `--signal=B:` sends before the time limit, without waiting for one."""

@@ -376,3 +376,11 @@ def test_the_page_shows_the_end_of_a_log_where_there_is_no_traceback(tmp_path: P
     cause = find_cause(evidence)
     page = summary("block\n", cause, evidence, log_of(cause, tmp_path, None))
     assert "line 20\n" in page and "line 59\n" in page and "line 19\n" not in page
+
+
+def test_trainers_that_were_all_sent_sigterm_were_preempted_and_have_saved() -> None:
+    ends = [rank_end(rank, 143, 100.0 + rank) for rank in range(4)]
+    assert cause_of(ends=ends, status=143).kind == "preempted"
+    one_killed = [rank_end(0, 137, 99.0), *ends[1:]]
+    assert cause_of(ends=one_killed, status=137).kind == "signal"
+    assert cause_of([failure(2, time_s=90.0)], ends, status=1).kind == "error"

@@ -54,7 +54,12 @@ class Job:
     """A submitted launcher with two trainers and two encoder nodes."""
 
     def __init__(
-        self, cluster: SlurmCluster, folder: Path, stand_in: str, **variables: str
+        self,
+        cluster: SlurmCluster,
+        folder: Path,
+        stand_in: str,
+        *options: str,
+        **variables: str,
     ) -> None:
         self.cluster = cluster
         self.log = folder / "job.log"
@@ -63,10 +68,10 @@ class Job:
         self.marks = folder / "marks"
         self.marks.mkdir()
         overrides = variables.pop("OVERRIDES", "")
-        launcher = variables.pop("launcher", "launchers/t2i_8node.sh")
         self.id = cluster.submit(
-            launcher,
+            "launchers/t2i_8node.sh",
             self.log,
+            *options,
             "--nodes=2",
             "--ntasks-per-node=1",
             variables={
@@ -97,10 +102,10 @@ class Job:
             lambda: self.cluster.story(self.id, self.log),
         )
 
-    def wait_for_requeue(self) -> None:
+    def wait_for_requeue(self, timeout_s: float = 60) -> None:
         until(
             lambda: self.cluster.field(self.id, "Restarts") == str(self.restarts + 1),
-            60,
+            timeout_s,
             lambda: self.cluster.story(self.id, self.log),
         )
 
@@ -166,10 +171,11 @@ def test_before_the_time_limit_trainers_are_asked_and_the_job_goes_on_later(
     assert "attempt in" in job.text().split("requeued")[0], "the first start's log is gone"
 
 
-def test_a_preempted_job_is_asked_to_save_and_requeued(cluster, tmp_path, stand_in):
+@pytest.mark.parametrize("whom", [("--batch",), ()], ids=["batch script", "tasks"])
+def test_a_preempted_job_is_asked_to_save_and_requeued(cluster, tmp_path, stand_in, whom):
     job = Job(cluster, tmp_path, stand_in, TRAIN=PATIENT)
     job.wait_for_mark("up.0.*", 2)
-    cluster.signal_batch(job.id, "TERM")
+    cluster.run("scancel", *whom, "--signal=TERM", job.id)
     job.start_now()
     job.wait("COMPLETED")
     assert "preempt" in json.loads((job.attempt(1) / "job.json").read_text())["reason"]
@@ -398,3 +404,23 @@ def test_encoders_that_cannot_start_end_the_job(cluster, tmp_path, stand_in):
     assert "encoder servers cannot start" in job.text() and "found: no weights" in job.text()
     assert len(list(job.marks.glob("asked.*"))) == 2
     assert cluster.field(job.id, "Restarts") == "0"
+
+
+@pytest.mark.slow
+def test_a_save_that_outlasts_the_time_limit_costs_a_requeue(cluster, tmp_path, stand_in):
+    job = Job(
+        cluster,
+        tmp_path,
+        stand_in,
+        "--time=1",
+        TRAIN="""
+        trap : TERM USR1
+        [ "$(basename "$DSR_JOB")" = 0 ] || exit 0
+        while :; do sleep 0.2; done
+        """,
+    )
+    job.wait_for_requeue(timeout_s=150)
+    job.start_now()
+    job.wait("COMPLETED")
+    assert "time limit came before the save was done" in job.text()
+    assert "time limit" in json.loads((job.attempt(1) / "job.json").read_text())["reason"]

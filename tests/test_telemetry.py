@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,39 @@ def test_planted_outlier_is_found_in_its_block() -> None:
 def test_smooth_norms_have_no_outliers() -> None:
     norms = torch.linspace(5, 9.9, 64)[None]
     assert not outliers(norms).any()
+
+
+KILLED_TRACKER = """
+import sys
+from pathlib import Path
+
+import psutil
+
+from dsr_scale.telemetry.metrics import MetricsLog
+
+log = MetricsLog(
+    Path(sys.argv[1]), wandb_mode="offline", project="p", name="n", config={}, run_id=None
+)
+log.log(1, {"loss": 2.0})
+trackers = psutil.Process().children(recursive=True)
+assert trackers
+for process in trackers:
+    process.terminate()
+psutil.wait_procs(trackers, timeout=20)
+for step in (2, 3):
+    log.log(step, {"loss": 1.0})
+log.close()
+"""
+
+
+def test_a_tracker_that_a_signal_ended_does_not_end_the_run(tmp_path: Path) -> None:
+    # Not in this process, where wandb would be of no use to other tests.
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_TRACKER, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert "wandb is gone" in done.stderr
 
 
 def test_resumed_metrics_take_the_last_record_of_a_step(tmp_path: Path) -> None:

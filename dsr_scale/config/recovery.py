@@ -13,8 +13,8 @@ class RecoveryConfig(Section):
     hang_multiple: float = Field(default=20.0, gt=1)
     """A step that takes this many times the median of recent steps is a hang: all ranks write their
     stacks and end."""
-    hang_least_s: float = Field(default=120.0, gt=0)
-    """No step counts as hung before that long."""
+    hang_least_s: float = Field(default=300.0, gt=0)
+    """No step counts as hung before that long. A bucket's first step compiles anew and takes minutes."""
     start_timeout_s: float = Field(default=1800.0, gt=0)
     """The same for everything that is no ordinary step: loading, the first steps with their
     compilation, checkpoints, sample grids."""

@@ -108,6 +108,10 @@ def find_cause(evidence: Evidence) -> Cause:
         return Cause("done", "all steps are done")
     if evidence.stopped is not None:
         return _stop(evidence, evidence.stopped)
+    asked = {end.status for end in evidence.ends} == {128 + signal.SIGTERM}
+    if asked and not evidence.failures and not evidence.lost_nodes:
+        # Slurm's notice of a preemption goes to tasks alone; they have saved.
+        return Cause("preempted", "preempted: all trainers were sent SIGTERM")
     # A preflight that ends with this status has found what no other nodes would cure.
     misused = evidence.status == INPUT_STATUS and not evidence.ranks
     if evidence.lost_nodes or (evidence.bad_nodes and not misused):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,20 +62,28 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **written}, allow_nan=False) + "\n")
         if self._wandb is not None:
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
-            self._wandb.log(numbers, step=step)
+            self._tracked(lambda: self._wandb.log(numbers, step=step))
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         """Shows a picture that was already written to `path` in the tracker as well."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+            self._tracked(lambda: self._wandb.log({name: wandb.Image(str(path))}, step=step))
 
     def close(self) -> None:
         """Flushes both."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._tracked(lambda: self._wandb.finish())
+
+    def _tracked(self, action: Callable[[], object]) -> None:
+        """The tracker is a process of its own, which a signal to a whole job ends before the last save."""
+        try:
+            action()
+        except Exception as error:
+            print(f"wandb is gone, {self._path} goes on: {error!r}", file=sys.stderr, flush=True)
+            self._wandb = None
 
 
 def _end_torn_line(path: Path) -> None:

@@ -91,6 +91,8 @@ def train(
         )
         ranks.on_first(lambda: until_the_end.enter_context(lock))
         finished = _Loop(build_training(run, ranks), on_step, watch).run()
+    # After a signal ranks end with its status, for which srun ends who is left: the first goes last.
+    ranks.on_first(lambda: None)
     groups.stop()
     return finished
 
