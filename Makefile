@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Passed on to tools/quickstart.py: --short for a two-minute form.
 FLAGS ?=
-PYTEST_FLAGS ?= -m 'slow or not slow' -n auto --maxprocesses=4 --dist loadgroup
+# One more than cores, since tests of jobs mostly wait.
+WORKERS ?= $(shell n=$$(($$(nproc) + 1)); echo $$((n < 4 ? n : 4)))
+PYTEST_FLAGS ?= -m 'slow or not slow' -n $(WORKERS) --dist loadgroup
 
 .PHONY: install quickstart test coverage lint clean
 

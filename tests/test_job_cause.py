@@ -384,3 +384,10 @@ def test_trainers_that_were_all_sent_sigterm_were_preempted_and_have_saved() -> 
     one_killed = [rank_end(0, 137, 99.0), *ends[1:]]
     assert cause_of(ends=one_killed, status=137).kind == "signal"
     assert cause_of([failure(2, time_s=90.0)], ends, status=1).kind == "error"
+
+
+def test_a_rank_that_accounts_for_a_hang_long_after_the_others_is_behind() -> None:
+    cause = cause_of([hung(0, time_s=100.0), hung(1, time_s=111.0)], ranks=2)
+    assert (cause.kind, cause.ranks) == ("hang", (1,))
+    prompt = cause_of([hung(0, time_s=100.0), hung(1, time_s=101.0)], ranks=2)
+    assert prompt.ranks != (1,)

@@ -310,6 +310,11 @@ def _behind(evidence: Evidence, hung: Sequence[Failure]) -> tuple[list[int], str
         return sorted(silent), "no sign of life there, others wrote their stacks"
     if not hung:
         return [], "no rank wrote where"
+    # The first to notice tells the others at once; one that was stopped can write only when it goes on.
+    first_s = min(failure.time_s for failure in hung)
+    late = [failure.rank for failure in hung if failure.time_s > first_s + SLACK_S]
+    if late and 2 * len(late) <= len(hung):
+        return late, f"the others had written their stacks {SLACK_S:.0f} s before, and more"
     steps = [_finished(failure) for failure in hung]
     if min(steps) < max(steps):
         slow = [failure.rank for failure in hung if _finished(failure) == min(steps)]
