@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rank_processes import ForkedCommand
+
 from dsr_scale.encode_service.registry import Entry, entries_in
 
 COMMAND = Path(sys.executable).with_name("dsr-scale")
 START_S = 120.0
 
 
-def until(condition: Callable[[], object], *processes: subprocess.Popen[str]) -> None:
+def until(
+    condition: Callable[[], object], *processes: subprocess.Popen[str] | ForkedCommand
+) -> None:
     """Waits for `condition` while all `processes` live."""
     deadline = time.monotonic() + START_S
     while not condition():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -13,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from rank_processes import ForkedCommand
 from tiny_runs import CONFIG, run_training, write_config
 
 from dsr_scale.cli import main as command_line
+from dsr_scale.data.streaming_parts import streaming_part
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -44,9 +45,8 @@ def test_empty_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shards_of_another_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from streaming import MDSWriter
-
-    with MDSWriter(out=str(tmp_path / "shards"), columns={"jpg": "bytes", "txt": "str"}) as writer:
+    writer_of = streaming_part("format.mds.writer").MDSWriter
+    with writer_of(out=str(tmp_path / "shards"), columns={"jpg": "bytes", "txt": "str"}) as writer:
         writer.write({"jpg": b"x", "txt": "a"})
     text = fails(capsys, "train", write_config(tmp_path), f"data.shards={tmp_path / 'shards'}")
     assert "jpg" in text and "captions" in text
@@ -94,14 +94,12 @@ def test_no_write_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     run_training(tmp_path, "training.steps=3")
-    command = [str(Path(sys.executable).with_name("dsr-scale")), "train"]
     for override, named in (("model.width=64", "width"), ("seed=4", "seed was 3, now 4")):
-        done = subprocess.run(
-            [*command, str(write_config(tmp_path)), override], capture_output=True, text=True
-        )
-        assert done.returncode == 2, done.stderr
-        assert "checkpoint of another run" in done.stderr and named in done.stderr
-        assert "Traceback" not in done.stderr
+        process = ForkedCommand("train", str(write_config(tmp_path)), override)
+        printed = process.finish(100)
+        assert process.returncode == 2, printed
+        assert "checkpoint of another run" in printed and named in printed
+        assert "Traceback" not in printed
 
 
 def test_unknown_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from dsr_scale.config.run import RunConfig
 from dsr_scale.data.encoded import Row
 from dsr_scale.data.loader import BatchStream, open_samples
 from dsr_scale.data.samples import Samples
-from dsr_scale.data.shards import _reader_from_json
+from dsr_scale.data.shards import shard_reader
 from dsr_scale.data.transforms import CENTRE, View, choose_view
 from dsr_scale.encode_service.cache import null_caption, open_cache
 from dsr_scale.encode_service.cache_format import read_manifest
@@ -204,7 +204,7 @@ def test_a_part_of_the_data_is_read_from_a_cache_of_all(packed: Path, filled: Pa
 def test_the_shards_are_plain_mds(filled: Path) -> None:
     table = json.loads((filled / "index.json").read_text())["shards"]
     assert len(table) == 5
-    row = _reader_from_json()(str(filled), None, table[1])[0]
+    row = shard_reader(str(filled), table[1])[0]
     about = json.loads(row["about"])
     assert about["key"] == "k0007" and [c["weight"] for c in about["captions"]] == [3.0, 1.0]
     ids = torch.frombuffer(bytearray(row["tokens"]), dtype=torch.int16).tolist()

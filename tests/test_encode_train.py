@@ -6,21 +6,22 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import ForkedCommand, rank_environments
 from serving_processes import COMMAND, entries, kill, serving, until
 from tiny_runs import checkpoint_tensors, consumed, run_training, write_config
 
 from dsr_scale.checkpoint import directory
 from dsr_scale.telemetry.metrics import METRICS_FILE, read_metrics
+from dsr_scale.train.failing import OUTAGE_STATUS
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-COMMON = ("data.crop=center", "data.workers=2", "encoders.latent_dtype=bf16")
+COMMON = ("data.crop=center", "encoders.latent_dtype=bf16")
 
 ENDLESS = ("training.steps=100000", "checkpoint.every_steps=100000")
 
@@ -39,19 +40,19 @@ def in_folder(folder: Path, *overrides: str) -> Path:
 
 
 @contextlib.contextmanager
-def training(folder: Path, *overrides: str, ranks: int = 1) -> Iterator[subprocess.Popen[str]]:
+def training(folder: Path, *overrides: str, ranks: int = 1) -> Iterator[list[ForkedCommand]]:
     """`dsr-scale train` in the background, killed at the exit if it still runs."""
     folder.mkdir()
-    command = [str(COMMAND), "train", str(write_config(folder)), *COMMON, *overrides]
-    if ranks > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, f"--nproc_per_node={ranks}", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    config = str(write_config(folder))
+    processes = [
+        ForkedCommand("train", config, *COMMON, *overrides, environment=environment)
+        for environment in rank_environments(ranks)
+    ]
     try:
-        yield process
+        yield processes
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
 
 
 def steps_logged(run: Path) -> int:
@@ -89,7 +90,7 @@ def test_servers_killed_one_by_one_leave_no_trace_in_the_losses(tmp_path: Path) 
     registry, run = tmp_path / "servers", tmp_path / "service" / "run"
     with serving(tmp_path / "inline" / "tiny.yaml", registry, *COMMON, commands=2):
         first, second = entries(registry)
-        with training(tmp_path / "service", *longer, *through(registry)) as process:
+        with training(tmp_path / "service", *longer, *through(registry)) as (process,):
             until(lambda: steps_logged(run) >= 10, process)
             kill(first)
             until(lambda: steps_logged(run) >= 20, process)
@@ -97,8 +98,8 @@ def test_servers_killed_one_by_one_leave_no_trace_in_the_losses(tmp_path: Path) 
             until(lambda: steps_logged(run) >= 40 or process.poll() == 0)
             for server in entries(registry)[-1:]:
                 kill(server)
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
+            printed = process.finish(120)
+            assert process.returncode == 0, printed
     assert losses(run) == losses(tmp_path / "inline" / "run")
     wanted, got = (checkpoint_tensors(tmp_path / n / "run", 60) for n in ("inline", "service"))
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
@@ -111,17 +112,17 @@ def test_without_servers_it_waits_says_so_once_and_heeds_signals(tmp_path: Path)
     config = write_config(tmp_path / "config")
     with (
         serving(config, registry, *COMMON) as command,
-        training(tmp_path / "run_it", *ENDLESS, *through(registry)) as process,
+        training(tmp_path / "run_it", *ENDLESS, *through(registry)) as (process,),
     ):
         until(lambda: steps_logged(run) >= 3, process)
         command.stop_for_good()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(3)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+        printed = process.finish(60)
+    assert process.returncode == 128 + signal.SIGTERM, printed
     assert directory.complete_steps(run) == [steps_logged(run)]
-    assert errors.count("no encoder server answers") == 1, errors
+    assert printed.count("no encoder server answers") == 1, printed
 
 
 @pytest.mark.slow
@@ -134,11 +135,12 @@ def test_after_waiting_long_enough_all_ranks_save_and_end_with_an_error(tmp_path
         serving(config, registry, *COMMON) as command,
         training(
             folder, *ENDLESS, *through(registry), "encoder.give_up_after_s=2", ranks=2
-        ) as process,
+        ) as processes,
     ):
-        until(lambda: steps_logged(run) >= 3, process)
+        until(lambda: steps_logged(run) >= 3, *processes)
         command.stop_for_good()
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1, errors  # torchrun's own
-    assert "no encoder server answered for 2 s" in errors
+        for process in processes:
+            printed = process.finish(60)
+            assert process.returncode == OUTAGE_STATUS, printed
+            assert "no encoder server answered for 2 s" in printed
     assert directory.complete_steps(run) == [steps_logged(run)]

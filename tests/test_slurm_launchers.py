@@ -413,12 +413,17 @@ def test_a_save_that_outlasts_the_time_limit_costs_a_requeue(cluster, tmp_path, 
         tmp_path,
         stand_in,
         "--time=1",
+        # In place of the launcher's own signal, which comes up to a minute early: here, at any time.
+        "--signal=B:CONT@1",
         TRAIN="""
         trap : TERM USR1
+        touch "$MARKS/up.$(basename "$DSR_JOB")"
         [ "$(basename "$DSR_JOB")" = 0 ] || exit 0
         while :; do sleep 0.2; done
         """,
     )
+    job.wait_for_mark("up.0")
+    cluster.signal_batch(job.id, "USR1")
     job.wait_for_requeue(timeout_s=150)
     job.start_now()
     job.wait("COMPLETED")

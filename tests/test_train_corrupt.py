@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rank_processes import ForkedCommand
 from tiny_runs import consumed, run_training, write_config
 
 from dsr_scale.telemetry.metrics import read_metrics
@@ -56,14 +57,9 @@ def test_named_by_all_ranks_and_replaced_alike(shards: Path, tmp_path: Path) -> 
 
 
 def test_too_many_stop_the_run(shards: Path, tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("dsr-scale")), "train"]
     overrides = [f"data.shards={shards}", "data.max_corrupt_rate=0.01", "training.steps=1000"]
-    done = subprocess.run(
-        [*command, str(write_config(tmp_path)), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "pair04" in done.stderr and "data.max_corrupt_rate" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = ForkedCommand("train", str(write_config(tmp_path)), *overrides)
+    printed = process.finish(200)
+    assert process.returncode == 2, printed
+    assert "pair04" in printed and "data.max_corrupt_rate" in printed
+    assert "Traceback" not in printed

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import free_port
+from rank_processes import ForkedCommand, free_port
 from tiny_runs import DRIVER, consumed, run_training, write_config
 
 from dsr_scale.checkpoint import directory
@@ -23,22 +23,12 @@ from dsr_scale.train.signals import StopRequest, grace_warning
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-COMMAND = str(Path(sys.executable).with_name("dsr-scale"))
 
-
-def start_srun_ranks(
-    folder: Path, *overrides: str, command: bool = False
-) -> list[subprocess.Popen[str]]:
-    """Two processes with the variables srun gives to two tasks on one node; `command` starts them as
-    a launcher does, not by the driver."""
-    config, port = write_config(folder), free_port()
-    arguments = [sys.executable, str(DRIVER), str(config), str(folder / "ids.jsonl"), "0"]
-    if command:
-        arguments = [COMMAND, "train", str(config)]
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
+def srun_environments(folder: Path) -> list[dict[str, str]]:
+    """The variables that srun and the launcher give to two tasks on one node."""
+    port = free_port()
+    return [
+        {
             "OMP_NUM_THREADS": "1",
             "SLURM_JOB_ID": "4711",
             "SLURM_STEP_NUM_TASKS": "2",
@@ -50,15 +40,20 @@ def start_srun_ranks(
             "MASTER_PORT": str(port),
             "DSR_FAILURE": str(folder / f"failure_{rank}.json"),
         }
-        processes.append(
-            subprocess.Popen(
-                [*arguments, *overrides], env=environment, stderr=subprocess.PIPE, text=True
-            )
-        )
-    return processes
+        for rank in range(2)
+    ]
 
 
-def wait_for_steps(folder: Path, processes: list[subprocess.Popen[str]], steps: int = 2) -> None:
+def start_srun_ranks(folder: Path, *overrides: str) -> list[ForkedCommand]:
+    """`dsr-scale train` as two tasks of srun."""
+    config = str(write_config(folder))
+    return [
+        ForkedCommand("train", config, *overrides, environment=environment)
+        for environment in srun_environments(folder)
+    ]
+
+
+def wait_for_steps(folder: Path, processes: list[ForkedCommand], steps: int = 2) -> None:
     """Until so many steps are logged."""
     metrics = folder / "run" / METRICS_FILE
     deadline = time.monotonic() + 200
@@ -77,7 +72,17 @@ def test_srun_trains_like_one_process(tmp_path: Path) -> None:
     one.mkdir()
     two.mkdir()
     run_training(one, "training.steps=2")
-    for process in start_srun_ranks(two, "training.steps=2"):
+    arguments = [str(write_config(two)), str(two / "ids.jsonl"), "0", "training.steps=2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(DRIVER), *arguments],
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in srun_environments(two)
+    ]
+    for process in processes:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
     losses = [[r["loss"] for r in read_metrics(folder / "run")] for folder in (one, two)]
@@ -90,13 +95,11 @@ def test_srun_trains_like_one_process(tmp_path: Path) -> None:
 
 
 def test_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
-    processes = start_srun_ranks(
-        tmp_path, "training.steps=100000", "checkpoint.every_steps=100000", command=True
-    )
+    processes = start_srun_ranks(tmp_path, "training.steps=100000", "checkpoint.every_steps=100000")
     wait_for_steps(tmp_path, processes)
     # What Slurm sends before the time limit.
     processes[1].send_signal(signal.SIGUSR1)
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.finish(200) for process in processes]
     statuses = [process.returncode for process in processes]
     # A rank that heard nothing itself ends like one that was asked to.
     assert statuses == [128 + signal.SIGTERM, 128 + signal.SIGUSR1], errors
@@ -107,17 +110,14 @@ def test_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> Non
 
 
 def test_death_of_one_rank_ends_the_other_with_an_account(tmp_path: Path) -> None:
-    processes = start_srun_ranks(
-        tmp_path, "training.steps=100000", "checkpoint.every_steps=1", command=True
-    )
+    processes = start_srun_ranks(tmp_path, "training.steps=100000", "checkpoint.every_steps=1")
     wait_for_steps(tmp_path, processes)
     processes[0].kill()
     began = time.monotonic()
-    _, errors = processes[1].communicate(timeout=60)
+    errors = processes[1].finish(60)
     # Not held up by the thread that writes checkpoints, nor by a collective's half an hour.
     assert time.monotonic() - began < 30
     assert processes[1].returncode == 1, errors
-    processes[0].communicate(timeout=20)
     failure = failure_of(tmp_path, 1)
     assert (failure["rank"], failure["node"], failure["kind"]) == (1, "node1", "error")
     assert failure["step"] >= 1
@@ -127,9 +127,9 @@ def test_death_of_one_rank_ends_the_other_with_an_account(tmp_path: Path) -> Non
 
 
 def test_mistake_in_the_run_file_is_an_account_of_every_rank(tmp_path: Path) -> None:
-    processes = start_srun_ranks(tmp_path, "training.steps=-1", command=True)
+    processes = start_srun_ranks(tmp_path, "training.steps=-1")
     for rank, process in enumerate(processes):
-        _, errors = process.communicate(timeout=100)
+        errors = process.finish(100)
         assert process.returncode == 2, errors
         failure = failure_of(tmp_path, rank)
         assert (failure["rank"], failure["kind"], failure["phase"]) == (rank, "input", "start")
@@ -142,9 +142,9 @@ def test_run_directory_of_a_running_run_is_refused_to_all_ranks(tmp_path: Path) 
         raise AssertionError(error)
 
     with run_lock.held(tmp_path / "run", on_lost=never, tell=never):
-        processes = start_srun_ranks(tmp_path, command=True)
+        processes = start_srun_ranks(tmp_path)
         for rank, process in enumerate(processes):
-            _, errors = process.communicate(timeout=100)
+            errors = process.finish(100)
             assert process.returncode == 2, errors
             assert f"is written by process {os.getpid()} on " in errors
             assert failure_of(tmp_path, rank)["kind"] == "input"
@@ -153,8 +153,7 @@ def test_run_directory_of_a_running_run_is_refused_to_all_ranks(tmp_path: Path) 
 
 def test_signal_before_the_loop_is_found_by_it() -> None:
     previous = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    try:
-        signals.remember_early()
+    with signals.remembered_early():
         os.kill(os.getpid(), signal.SIGUSR1)
         with StopRequest() as request:
             assert request.signal_name == "SIGUSR1"
@@ -162,9 +161,8 @@ def test_signal_before_the_loop_is_found_by_it() -> None:
             assert request.signal_name == "SIGTERM"
         with StopRequest() as request:
             assert request.signal_name is None
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), previous, strict=True):
-            signal.signal(number, handler)
+    # Processes forked later from this one would otherwise not heed SIGTERM.
+    assert previous == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from layouts import SHAPE, example, start_engine
-from rank_processes import run_ranks
-from tiny_runs import DRIVER, checkpoint_tensors, write_config
+from rank_processes import ForkedCommand, run_ranks
+from tiny_runs import checkpoint_tensors, write_config
 from train_driver import drive
 
 from dsr_scale.config import costs
@@ -373,17 +370,14 @@ def test_a_plain_line_names_a_wait_for_data_over_a_tenth() -> None:
 def test_a_restarted_job_says_so(tmp_path: Path) -> None:
     attempt = Attempt("77", 2, "node n3 lost [ok]", 1, ("n1", "n2"), None, "2026-01-01T00:00:00")
     attempt.write(tmp_path / "job")
-    arguments = [str(write_config(tmp_path)), str(tmp_path / "ids.jsonl"), "0"]
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), *arguments, *RUN, "training.steps=2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", JOB_VARIABLE: str(tmp_path / "job")},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    process = ForkedCommand(
+        *("train", str(write_config(tmp_path)), *RUN, "training.steps=2"),
+        environment={JOB_VARIABLE: str(tmp_path / "job")},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("attempt 2 of job 77, after: node n3 lost [ok]") == 1
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("step 2/2"))
+    printed = process.finish(120)
+    assert process.returncode == 0, printed
+    assert printed.count("attempt 2 of job 77, after: node n3 lost [ok]") == 1
+    (line,) = (line for line in printed.splitlines() if line.startswith("step 2/2"))
     assert "loss" in line and "images/s" in line
     assert read_metrics(tmp_path / "run")[-1]["restarts"] == 2
     run = load_run(write_config(tmp_path))

@@ -6,6 +6,9 @@ Ranks are forks of a server that has everything imported, so a run of four takes
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from PIL import Image
 from rank_processes import run_ranks
 from test_train_resume import assert_same_tensors
-from tiny_runs import checkpoint_tensors, consumed, run_training, write_config
+from tiny_runs import DRIVER, checkpoint_tensors, consumed, run_training, write_config
 from train_driver import drive
 
 from dsr_scale.base.errors import InputError
@@ -63,7 +66,15 @@ def test_one_process_under_torchrun_is_bit_identical(tmp_path: Path) -> None:
     plain.mkdir()
     torchrun.mkdir()
     run_training(plain, "training.steps=3")
-    run_training(torchrun, "training.steps=3", torchrun=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    arguments = [str(write_config(torchrun)), str(torchrun / "ids.jsonl"), "0", "training.steps=3"]
+    done = subprocess.run(
+        [*launcher, str(DRIVER), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
     assert_same_tensors(plain / "run", torchrun / "run", 3)
     assert losses(plain) == losses(torchrun)
 

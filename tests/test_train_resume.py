@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import ForkedCommand
 from tiny_runs import checkpoint_tensors, consumed, run_training, write_config
 
 from dsr_scale.checkpoint import directory
@@ -39,7 +38,7 @@ def assert_same_tensors(run_a: Path, run_b: Path, step: int, tolerance: float = 
 
 
 def test_killed_run_goes_on_bit_identically(whole: Path, tmp_path: Path) -> None:
-    run_training(tmp_path, kill_after=5, expect=-signal.SIGKILL)
+    run_training(tmp_path, kill_after=5)
     assert directory.complete_steps(tmp_path / "run") == [3]
     run_training(tmp_path)
     assert_same_tensors(whole / "run", tmp_path / "run", 6)
@@ -71,16 +70,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     whole: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     config = write_config(tmp_path)
-    command = [str(Path(sys.executable).with_name("dsr-scale")), "train", str(config)]
     # So slow a schedule of checkpoints that only the signal can have saved.
     settings = ["checkpoint.every_steps=1000", "training.steps=100000", "tracking.wandb=offline"]
-    process = subprocess.Popen(
-        [*command, *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = ForkedCommand("train", str(config), *settings)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
@@ -88,10 +80,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         time.sleep(0.05)
     # A terminal and Slurm signal every process of the run: data workers and the tracker as well.
     os.killpg(process.pid, stop)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + stop, errors
+    printed = process.finish(120)
+    assert process.returncode == 128 + stop, printed
     (stopped,) = directory.complete_steps(tmp_path / "run")
-    assert f"stopped by {stop.name}: step {stopped} of 100000 saved" in errors
+    assert f"stopped by {stop.name}: step {stopped} of 100000 saved" in printed
     run_training(tmp_path, f"training.steps={stopped + 2}")
     losses = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run")}
     assert list(losses) == list(range(1, stopped + 3))
@@ -111,7 +103,7 @@ def test_two_ranks_equal_one_and_may_change_between(whole: Path, tmp_path: Path)
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     run_training(mixed, "training.steps=3", ranks=2)
-    run_training(mixed, "training.microbatch_images=2", ranks=1)
+    run_training(mixed, "training.microbatch_images=2")
     assert consumed(mixed) == consumed(whole)
     assert_same_tensors(whole / "run", mixed / "run", 6, tolerance=2e-5)
 
@@ -122,7 +114,7 @@ def test_bf16_resumes_bit_identically(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
     run_training(folders[0], "training.precision=bf16")
-    run_training(folders[1], "training.precision=bf16", kill_after=4, expect=-signal.SIGKILL)
+    run_training(folders[1], "training.precision=bf16", kill_after=4)
     run_training(folders[1], "training.precision=bf16")
     assert_same_tensors(folders[0] / "run", folders[1] / "run", 6)
 

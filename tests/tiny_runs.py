@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
+from rank_processes import run_ranks
 
 from dsr_scale.checkpoint import directory, tensors
 
@@ -57,26 +56,17 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def run_training(
-    folder: Path,
-    *overrides: str,
-    ranks: int = 1,
-    kill_after: int = 0,
-    expect: int = 0,
-    torchrun: bool = False,
-) -> Path:
-    """Trains in new processes; returns the run directory. `torchrun` also for a single rank."""
-    config = write_config(folder)
-    command = [str(DRIVER), str(config), str(folder / "ids.jsonl"), str(kill_after), *overrides]
-    launcher = [sys.executable]
-    if ranks > 1 or torchrun:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *command], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
+def run_training(folder: Path, *overrides: str, ranks: int = 1, kill_after: int = 0) -> Path:
+    """Trains in new processes, which are killed after a step if it is not 0; returns the run directory."""
+    # The trainer is heavy, and most who import this module only want the run file.
+    from train_driver import drive
+
+    arguments = (write_config(folder), folder / "ids.jsonl", kill_after, list(overrides))
+    if kill_after:
+        with pytest.raises(AssertionError, match="died"):
+            run_ranks(drive, ranks, *arguments)
+    else:
+        run_ranks(drive, ranks, *arguments)
     return folder / "run"
 
 

@@ -28,9 +28,8 @@ def train(
     Other exit statuses: 2 for what a person has to put right, 69 for encoder servers or ranks that
     could not be reached, 75 for a hang, 1 for any other error.
     """
-    signals.remember_early()
     account = failing.Account()
-    with _failures_recorded(account):
+    with signals.remembered_early(), _failures_recorded(account):
         from dsr_scale.config.load import load_run
 
         run = load_run(config, overrides or [])

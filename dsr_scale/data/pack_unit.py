@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 
 from dsr_scale.base.atomic_files import storage_errors
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.data.rows import BAD_METADATA
 from dsr_scale.data.samples import COLUMNS, Sample, digest, to_columns
 from dsr_scale.data.sources import (
@@ -31,6 +30,7 @@ from dsr_scale.data.sources import (
     Unit,
     source_errors,
 )
+from dsr_scale.data.streaming_parts import streaming_part
 from dsr_scale.data.transforms import UnreadableImage, reencode_image, verified_size
 
 TEMPORARY_PREFIX = ".packing-"
@@ -161,10 +161,7 @@ def _accept(raw: RawSample, options: PackOptions) -> Sample | Dropped:
 
 
 def _open_writer(directory: Path, options: PackOptions) -> Any:
-    declare_torchvision_operators()
-    from streaming.base.format.mds.writer import MDSWriter
-
-    return MDSWriter(
+    return streaming_part("format.mds.writer").MDSWriter(
         columns=COLUMNS,
         out=str(directory),
         hashes=[SHARD_HASH],

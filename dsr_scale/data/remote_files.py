@@ -23,8 +23,8 @@ from typing import BinaryIO
 
 from dsr_scale.base.atomic_files import storage_errors
 from dsr_scale.base.errors import InputError
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.data.file_locks import locked, locked_if_free
+from dsr_scale.data.streaming_parts import streaming_part
 
 CACHE_NAME = "dsr_scale_cache"
 _LOCK_STRIPES = 64
@@ -98,10 +98,7 @@ def _download_once(url: str, path: Path) -> None:
         if expected is not None and path.stat().st_size != int(expected):
             raise OSError(f"{path.stat().st_size} of {expected} bytes arrived")
         return
-    declare_torchvision_operators()
-    from streaming.base.storage.download import CloudDownloader
-
-    downloader = CloudDownloader.get(url)
+    downloader = streaming_part("storage.download").CloudDownloader.get(url)
     with storage_errors(path):
         downloader.download(url, str(path), _TIMEOUT_S)
     downloader.clean_up()

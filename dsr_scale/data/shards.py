@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.config.data import DataConfig
 from dsr_scale.data.manifest import INDEX_NAME, MANIFEST_NAME, SIZES_NAME, Manifest, parse_manifest
 from dsr_scale.data.remote_files import FileStore, download, is_remote
 from dsr_scale.data.samples import COLUMNS, Sample, from_columns
+from dsr_scale.data.streaming_parts import streaming_part
 
 PACKAGE_PREFIX = "package:"
 _OPEN_ATTEMPTS = 5
@@ -88,8 +88,6 @@ class ShardStore:
         self._sizes_sha256 = manifest.sizes_sha256
         self._sizes: np.ndarray | None = None
         self._readers: dict[int, Any] = {}
-        # mosaicml-streaming takes seconds to import: once here, before workers are forked.
-        _reader_from_json()
 
     def __len__(self) -> int:
         return self._count
@@ -132,7 +130,7 @@ class ShardStore:
         if number not in self._readers:
             root = str(path).removesuffix(name)
             with _index_errors(self._files.url(INDEX_NAME)):
-                self._readers[number] = _reader_from_json()(root, None, shard)
+                self._readers[number] = shard_reader(root, shard)
         return self._readers[number]
 
     def _verify_sizes(self, path: Path) -> None:
@@ -144,11 +142,9 @@ class ShardStore:
             )
 
 
-def _reader_from_json() -> Any:
-    declare_torchvision_operators()
-    from streaming.base.format import reader_from_json
-
-    return reader_from_json
+def shard_reader(directory: str, shard: dict[str, Any]) -> Any:
+    """mosaicml-streaming's reader over the shard that an index describes, below `directory`."""
+    return streaming_part("format").reader_from_json(directory, None, shard)
 
 
 def _read_tables(location: str) -> tuple[Manifest, list[dict[str, Any]]]:
@@ -255,9 +251,7 @@ def _verify_bytes(path: Path, shard: dict[str, Any]) -> None:
 
 def _verify_shard(path: Path, shard: dict[str, Any]) -> None:
     """Size and every hash in the index, for a shard that came over a network."""
-    declare_torchvision_operators()
-    from streaming.base.hashing import get_hash
-
+    get_hash = streaming_part("hashing").get_hash
     _verify_bytes(path, shard)
     info = shard["raw_data"]
     content = path.read_bytes()

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from dsr_scale.base.atomic_files import rename, storage_errors
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
 from dsr_scale.config.data import DataConfig
 from dsr_scale.data.file_locks import locked_if_free
 from dsr_scale.data.samples import Samples, UnusableRecord
+from dsr_scale.data.streaming_parts import streaming_part
 from dsr_scale.data.transforms import UnreadableImage, cover_and_crop, decode_rgb
 from dsr_scale.encode_service.cache_format import COLUMNS, COUNTS_NAME, pack_row, unit_name
 from dsr_scale.encode_service.local import LocalEncoders
@@ -143,9 +143,6 @@ class UnitWriter:
     """The directory of one unit while it is written. Ends with `finish` or `abandon`."""
 
     def __init__(self, out: Path, unit: int, lock: contextlib.ExitStack) -> None:
-        declare_torchvision_operators()
-        from streaming.base.format.mds.writer import MDSWriter
-
         self.unit = unit
         self._final = out / unit_name(unit)
         self._lock = lock
@@ -156,7 +153,7 @@ class UnitWriter:
             self._directory = out / f"{prefix}{uuid.uuid4().hex[:12]}"
             self._directory.mkdir()
         self._counts = dict.fromkeys(("samples", "unusable", "captions", "tokens"), 0)
-        self._writer: Any = MDSWriter(
+        self._writer: Any = streaming_part("format.mds.writer").MDSWriter(
             columns=COLUMNS, out=str(self._directory), hashes=["xxh3_64"], size_limit=SHARD_BYTES
         )
 

@@ -20,14 +20,19 @@ class Interrupted(BaseException):
     """A stop was asked for in the middle of waiting; not an error, so `except Exception` lets it pass."""
 
 
-def remember_early() -> None:
-    """From now on SIGTERM and SIGUSR1 are kept for the next `StopRequest` instead of ending the process.
+@contextlib.contextmanager
+def remembered_early() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 are kept for the next `StopRequest` instead of ending the process.
 
     For the time in which torch is imported and ranks meet: there, one rank that is ended by its signal
     would leave the others waiting.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _remember_early)
+    previous = {n: signal.signal(n, _remember_early) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _remember_early(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,5 @@ warnings.filterwarnings("ignore", module="megatron")
 
 import deepspeed  # noqa: E402, F401
 import megatron.core.tensor_parallel  # noqa: E402, F401
-import streaming  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402
 import torch.distributed.pipelining  # noqa: E402, F401
