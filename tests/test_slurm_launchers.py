@@ -138,8 +138,8 @@ def test_a_job_trains_beside_its_encoders_and_leaves_a_record(cluster, tmp_path,
         cluster,
         tmp_path,
         stand_in,
-        TRAIN='sleep 1; echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS at $MASTER_ADDR, $SLURM_CPUS_PER_TASK cores"',
-        SERVE="trap 'touch \"$MARKS/left.$SLURMD_NODENAME\"; exit 0' TERM; sleep 600 & wait",
+        TRAIN='until [ $(ls "$MARKS" | grep -c serving) = 2 ]; do sleep 0.1; done; echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS at $MASTER_ADDR, $SLURM_CPUS_PER_TASK cores"',
+        SERVE='trap \'touch "$MARKS/left.$SLURMD_NODENAME"; exit 0\' TERM; touch "$MARKS/serving.$SLURMD_NODENAME"; sleep 600 & wait',
         WANDB_API_KEY="hush",
     )
     job.wait("COMPLETED")

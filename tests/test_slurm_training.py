@@ -139,7 +139,7 @@ def same_weights(one: Path, other: Path, step: int, tolerance: float = 0.0) -> N
         assert difference <= tolerance, f"{name} differs by {difference}"
 
 
-STEPS = 120
+STEPS = 80
 SHORT = (f"training.steps={STEPS}", "checkpoint.every_steps=10", "training.precision=fp32")
 
 

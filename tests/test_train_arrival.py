@@ -14,7 +14,7 @@ from dsr_scale.config.data import DataConfig
 from dsr_scale.data.encoded import Encoded, EncodersLost, Row
 from dsr_scale.data.loader import BatchStream, open_samples
 from dsr_scale.train.arrival import Arrivals
-from dsr_scale.train.feed import StepData
+from dsr_scale.train.feed import Feed, StepData
 from dsr_scale.train.signals import StopRequest
 
 
@@ -39,7 +39,7 @@ def signal_soon() -> None:
 
 def test_a_signal_ends_a_long_wait_and_is_remembered() -> None:
     with StopRequest() as request:
-        arrivals = Arrivals(waiting(), may_wait_long=True)
+        arrivals = Arrivals(waiting, may_wait_long=True)
         started_s = time.monotonic()
         signal_soon()
         assert arrivals.next(request) is None
@@ -53,7 +53,7 @@ def test_a_signal_ends_a_long_wait_and_is_remembered() -> None:
 def test_a_failure_is_kept_and_ends_the_data() -> None:
     lost = EncodersLost(found="f", required="r", remedy="m")
     steps = iter([StepData((), [], None), StepData((), [], lost)])
-    arrivals = Arrivals(steps, may_wait_long=False)
+    arrivals = Arrivals(lambda: steps, may_wait_long=False)
     with StopRequest() as request:
         assert arrivals.next(request) is not None and arrivals.failure is None
         assert arrivals.next(request) is None and arrivals.failure is lost
@@ -74,7 +74,7 @@ def test_workers_that_wait_for_an_answer_end_at_once(start_method: str) -> None:
         start_method=start_method,  # type: ignore[arg-type]
     )
     with StopRequest() as request:
-        arrivals = Arrivals(steps_of(stream), may_wait_long=True)
+        arrivals = Arrivals(lambda: feed_of(stream).steps(0), may_wait_long=True)
         signal_soon()
         assert arrivals.next(request) is None
         started_s = time.monotonic()
@@ -82,6 +82,34 @@ def test_workers_that_wait_for_an_answer_end_at_once(start_method: str) -> None:
         assert time.monotonic() - started_s < 4
 
 
-def steps_of(stream: BatchStream) -> Iterator[StepData]:
-    for batches in stream.steps(0):
-        yield StepData((), batches, None)
+def test_a_signal_while_workers_are_forked_is_not_lost() -> None:
+    """What a handler raises inside a callback of `os.fork` goes no further."""
+    config = DataConfig(shards="package:emoji", resolution=16, max_samples=32, workers=1)
+    sent = []
+
+    def send_one() -> None:
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    os.register_at_fork(before=send_one)
+    with StopRequest() as request:
+        stream = BatchStream(
+            open_samples(config),
+            config,
+            seed=0,
+            global_batch_images=4,
+            microbatch_images=4,
+            rank=0,
+            world_size=1,
+            encoder=Stuck(),
+        )
+        arrivals = Arrivals(lambda: feed_of(stream).steps(0), may_wait_long=True)
+        assert arrivals.next(request) is None
+        assert sent and request.signal_name == "SIGTERM"
+        stream.close()
+
+
+def feed_of(stream: BatchStream) -> Feed:
+    return Feed(None, None, 1, stream, None)  # type: ignore[arg-type]

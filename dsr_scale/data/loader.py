@@ -132,8 +132,8 @@ class BatchStream:
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of optimizer steps first_step, first_step + 1, …, for ever.
 
-        Workers start with the first `next` and end with `close`, with a new call of `steps`, or
-        with the thread that started them.
+        Workers start at once and end with `close`, with a new call of `steps`, or with the thread
+        that started them.
         """
         workers = self._config.workers
         parallel: dict[str, Any] = {}
@@ -154,7 +154,9 @@ class BatchStream:
         )
         self.close()
         self._iterator = iter(loader)
-        iterator = self._iterator
+        return self._taken_from(self._iterator)
+
+    def _taken_from(self, iterator: Iterator[Batch | InputError]) -> Iterator[list[Batch]]:
         try:
             while iterator is self._iterator:
                 yield [_raise_error(next(iterator)) for _ in self._rows]

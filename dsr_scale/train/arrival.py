@@ -8,7 +8,7 @@ together instead of meeting a timeout in a collective. A signal does not have to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.parallel.groups import Ranks
@@ -19,14 +19,19 @@ from dsr_scale.train.signals import Interrupted, StopRequest
 class Arrivals:
     """The data of one step after the other."""
 
-    def __init__(self, steps: Iterator[StepData], *, may_wait_long: bool) -> None:
-        self._steps = steps
+    def __init__(self, start: Callable[[], Iterator[StepData]], *, may_wait_long: bool) -> None:
+        """`start` starts the workers, if any, and returns the data of all steps."""
+        self._start = start
+        self._steps: Iterator[StepData] | None = None
         self._may_wait_long = may_wait_long
         self.failure: Exception | None = None
         """Why no more data comes, once that is so on this rank."""
 
     def next(self, request: StopRequest) -> StepData | None:
         """Data of the next step; None when a stop was asked for or it could not be had."""
+        if self._steps is None:
+            # Not to be interrupted: what a signal's handler raises inside a fork is lost.
+            self._steps = self._start()
         interrupting = request.interrupting() if self._may_wait_long else contextlib.nullcontext()
         try:
             with interrupting:

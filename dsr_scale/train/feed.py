@@ -48,11 +48,19 @@ class Feed:
     encoders: Encoders | None
 
     def steps(self, first_step: int) -> Iterator[StepData]:
-        """Data of optimizer steps first_step, first_step + 1, …, for ever."""
-        source = None if self.stream is None else self.stream.steps(first_step)
+        """Data of optimizer steps first_step, first_step + 1, …, for ever; workers start at once."""
+        if self.stream is None:
+            return self._of(None, None)
+        try:
+            return self._of(self.stream.steps(first_step), None)
+        except Exception as error:
+            return self._of(None, error)
+
+    def _of(
+        self, source: Iterator[list[Batch]] | None, failure: Exception | None
+    ) -> Iterator[StepData]:
         while True:
             batches: list[Batch] = []
-            failure: Exception | None = None
             if source is not None:
                 try:
                     batches = next(source)

@@ -124,7 +124,7 @@ class _Loop:
         self.log = self._open_log()
         self.grids = TrainingGrids.for_run(training)
         self.arrivals = Arrivals(
-            training.feed.steps(self.state.step),
+            partial(training.feed.steps, self.state.step),
             may_wait_long=training.run.encoder.mode == "service",
         )
         self.data_failed = False
