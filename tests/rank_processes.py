@@ -18,8 +18,10 @@ import sys
 import tempfile
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list
         pipes.append(ours)
         processes.append(process)
     try:
-        results = [_received(pipe, rank) for rank, pipe in enumerate(pipes)]
+        results = [_received(*each) for each in zip(pipes, processes, range(ranks), strict=True)]
     finally:
         for process in processes:
             process.join(timeout=20)
@@ -62,14 +64,15 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list
     return results
 
 
-def _received(pipe: Connection, rank: int) -> Any:
+def _received(pipe: Connection, process: BaseProcess, rank: int) -> Any:
     if not pipe.poll(timeout=180):
         raise AssertionError(f"rank {rank} did not answer within 180 s")
     try:
         # Plain pickles: multiprocessing's own would share tensors with a process that is gone.
         failed, answer = pickle.loads(pipe.recv_bytes())
     except EOFError as error:
-        raise AssertionError(f"rank {rank} died") from error
+        process.join(timeout=20)
+        raise AssertionError(f"rank {rank} died with status {process.exitcode}") from error
     if failed:
         raise AssertionError(f"rank {rank}:\n{answer}")
     return answer
@@ -124,6 +127,7 @@ class ForkedCommand:
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as printed:
             self._printed = Path(printed.name)
+        weakref.finalize(self, os.unlink, self._printed)
         self._process = _context().Process(
             target=_run_command,
             args=(arguments, {**os.environ, **(environment or {})}, self._printed),

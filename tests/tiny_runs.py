@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def run_training(folder: Path, *overrides: str, ranks: int = 1, kill_after: int 
 
     arguments = (write_config(folder), folder / "ids.jsonl", kill_after, list(overrides))
     if kill_after:
-        with pytest.raises(AssertionError, match="died"):
+        with pytest.raises(AssertionError, match=f"died with status {-signal.SIGKILL}"):
             run_ranks(drive, ranks, *arguments)
     else:
         run_ranks(drive, ranks, *arguments)

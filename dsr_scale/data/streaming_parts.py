@@ -13,23 +13,27 @@ import functools
 import importlib
 import importlib.util
 import sys
+import threading
 from importlib.machinery import PathFinder
 from types import ModuleType
 
 _ABOVE = ("streaming", "streaming.base")
+_ONE_AT_A_TIME = threading.Lock()
+"""A thread must not take away the stand-ins below which another imports."""
 
 
 @functools.cache
 def streaming_part(name: str) -> ModuleType:
     """The module `streaming.base.{name}`. Raises `ModuleNotFoundError` without mosaicml-streaming."""
-    stand_ins = [package for package in _ABOVE if package not in sys.modules]
-    try:
-        for package in stand_ins:
-            _stand_in(package)
-        return importlib.import_module(f"streaming.base.{name}")
-    finally:
-        for package in stand_ins:
-            sys.modules.pop(package, None)
+    with _ONE_AT_A_TIME:
+        stand_ins = [package for package in _ABOVE if package not in sys.modules]
+        try:
+            for package in stand_ins:
+                _stand_in(package)
+            return importlib.import_module(f"streaming.base.{name}")
+        finally:
+            for package in stand_ins:
+                sys.modules.pop(package, None)
 
 
 def _stand_in(package: str) -> None:
