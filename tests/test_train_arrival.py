@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import pytest
 
@@ -60,8 +61,40 @@ def test_a_failure_is_kept_and_ends_the_data() -> None:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_that_wait_for_an_answer_end_at_once(start_method: str) -> None:
-    config = DataConfig(shards="package:emoji", resolution=16, max_samples=32, workers=3)
+def test_workers_that_wait_for_an_answer_end_at_once(
+    start_method: Literal["fork", "spawn"],
+) -> None:
+    feed = stuck_feed(workers=3, start_method=start_method)
+    with StopRequest() as request:
+        arrivals = Arrivals(lambda: feed.steps(0), may_wait_long=True)
+        signal_soon()
+        assert arrivals.next(request) is None
+        started_s = time.monotonic()
+        feed.close()
+        assert time.monotonic() - started_s < 4
+
+
+def test_a_signal_while_workers_are_forked_is_not_lost() -> None:
+    """What a handler raises inside a callback of `os.fork` goes no further."""
+    sent = []
+
+    def send_one() -> None:
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    feed = stuck_feed(workers=1, start_method="fork")
+    os.register_at_fork(before=send_one)
+    with StopRequest() as request:
+        arrivals = Arrivals(lambda: feed.steps(0), may_wait_long=True)
+        assert arrivals.next(request) is None
+        assert sent and request.signal_name == "SIGTERM"
+        feed.close()
+
+
+def stuck_feed(*, workers: int, start_method: Literal["fork", "spawn"]) -> Feed:
+    config = DataConfig(shards="package:emoji", resolution=16, max_samples=32, workers=workers)
     stream = BatchStream(
         open_samples(config),
         config,
@@ -71,45 +104,6 @@ def test_workers_that_wait_for_an_answer_end_at_once(start_method: str) -> None:
         rank=0,
         world_size=1,
         encoder=Stuck(),
-        start_method=start_method,  # type: ignore[arg-type]
+        start_method=start_method,
     )
-    with StopRequest() as request:
-        arrivals = Arrivals(lambda: feed_of(stream).steps(0), may_wait_long=True)
-        signal_soon()
-        assert arrivals.next(request) is None
-        started_s = time.monotonic()
-        stream.close()
-        assert time.monotonic() - started_s < 4
-
-
-def test_a_signal_while_workers_are_forked_is_not_lost() -> None:
-    """What a handler raises inside a callback of `os.fork` goes no further."""
-    config = DataConfig(shards="package:emoji", resolution=16, max_samples=32, workers=1)
-    sent = []
-
-    def send_one() -> None:
-        if not sent:
-            sent.append(True)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-
-    os.register_at_fork(before=send_one)
-    with StopRequest() as request:
-        stream = BatchStream(
-            open_samples(config),
-            config,
-            seed=0,
-            global_batch_images=4,
-            microbatch_images=4,
-            rank=0,
-            world_size=1,
-            encoder=Stuck(),
-        )
-        arrivals = Arrivals(lambda: feed_of(stream).steps(0), may_wait_long=True)
-        assert arrivals.next(request) is None
-        assert sent and request.signal_name == "SIGTERM"
-        stream.close()
-
-
-def feed_of(stream: BatchStream) -> Feed:
     return Feed(None, None, 1, stream, None)  # type: ignore[arg-type]

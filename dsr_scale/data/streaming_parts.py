@@ -30,6 +30,8 @@ def streaming_part(name: str) -> ModuleType:
         try:
             for package in stand_ins:
                 _stand_in(package)
+            # Its modules import each other in a circle that opens only from here, as the package does.
+            importlib.import_module("streaming.base.format")
             return importlib.import_module(f"streaming.base.{name}")
         finally:
             for package in stand_ins:
