@@ -108,12 +108,23 @@ def export_run(
     )
     model = build_on_meta(shape).to_empty(device="cpu")
     load_checkpoint_weights(checkpoint, model, kind)
+    write_bundle(out, model, description, encoders)
+    return description
+
+
+def write_bundle(
+    out: Path, model: nn.Module, description: BundleDescription, encoders: EncodersConfig
+) -> None:
+    """Writes `model`, cast to the description's dtype, and the files that `encoders` name, to `out`.
+
+    Raises InputError for a directory that cannot be written, or a file that is not there.
+    """
+    atomic_files.require_writable_directory(out)
     # Without its description a directory is no bundle: an export cut short leaves none.
     (out / DESCRIPTION_FILE).unlink(missing_ok=True)
     copy_files(encoders, out)
-    _write_weights(out / WEIGHTS_FILE, model.to(DTYPES[dtype]))
+    _write_weights(out / WEIGHTS_FILE, model.to(DTYPES[description.dtype]))
     atomic_files.write_json(out / DESCRIPTION_FILE, description.model_dump(mode="json"))
-    return description
 
 
 def _write_weights(path: Path, model: nn.Module) -> None:
