@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import checkpoint_tensors, run_training
+from typer.testing import CliRunner
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.cli.main import app
 from dsr_scale.config.data import DataConfig
 from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.diffusion.solvers import time_grid
@@ -24,6 +29,7 @@ from dsr_scale.evaluate.norms import block_norms
 from dsr_scale.evaluate.training_images import training_images
 from dsr_scale.export.bundle import export_run, read_description
 from dsr_scale.export.pipeline import Pipeline, load
+from dsr_scale.model.build import build_model
 from dsr_scale.telemetry.metrics import read_metrics
 from dsr_scale.telemetry.pictures import image_grid, loss_curve, token_norm_picture
 
@@ -90,6 +96,28 @@ def test_raw_weights_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
         else:
             assert torch.equal(tensor, trained[f"weights.{name}"].bfloat16()), name
     assert (description.provenance.step, description.provenance.weights) == (3, "raw")
+
+
+@torch.no_grad()
+def test_velocity_is_that_of_the_trainer_s_average(run: Path, bundle: Path) -> None:
+    """The network filled from the checkpoint by hand, and data prediction written out."""
+    saved = checkpoint_tensors(run, 6)
+    pipeline = load(bundle, device="cpu")
+    network = build_model(pipeline.shape, seed=0)
+    network.load_state_dict(
+        {
+            name.partition(".")[2]: tensor
+            for name, tensor in saved.items()
+            if name.startswith(("ema_9.", "buffers."))
+        }
+    )
+    condition = pipeline.condition(PROMPTS)
+    x = draw_noise((192, 4, 4), 8, [0] * 3, range(3), "cpu")
+    for t in (0.02, 0.4, 1.0):
+        by_hand = (x - network(x, torch.full((3,), t), condition)) / max(t, 0.05)
+        ours = pipeline.velocity(condition)(x, t)
+        torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=1e-5)
+        assert ours.std() > 0.1
 
 
 def plain_guided_euler(pipeline: Pipeline, prompt: str, index: int, scale: float) -> torch.Tensor:
@@ -169,18 +197,76 @@ def test_sample_command_writes_a_grid_that_says_how(bundle: Path, tmp_path: Path
     out = tmp_path / "out.png"
     command = [str(Path(sys.executable).with_name("dsr-scale")), "sample", str(bundle)]
     options = ["--prompt", "skull", "--prompts-file", str(prompts), "--seed", "3", "--batch", "2"]
-    subprocess.run(
-        [*command, *options, "--out", str(out), "--device", "cpu", "--steps", "4"], check=True
-    )
-    sampling = read_description(bundle).sampling.model_copy(update={"steps": 4})
-    images = load(bundle, device="cpu").sample(PROMPTS, seed=3, sampling=sampling)
+    options += ["--steps", "4", "--guidance-interval", "0.3,0.9", "--dtype", "bf16"]
+    subprocess.run([*command, *options, "--out", str(out), "--device", "cpu"], check=True)
+    settings = {"steps": 4, "guidance_interval": (0.3, 0.9)}
+    description = read_description(bundle)
+    sampling = description.sampling.model_copy(update=settings)
+    images = load(bundle, device="cpu", dtype="bf16").sample(PROMPTS, seed=3, sampling=sampling)
     ours = tmp_path / "ours.png"
     image_grid([("", images)], PROMPTS, ours)
     difference = images_of_grid(out, 3, 96).astype(int) - images_of_grid(ours, 3, 96)
     assert np.abs(difference).max() <= 1
     text = Image.open(out).info
     assert text["prompts"] == "skull\ntaxi\nold key"
-    assert (text["seed"], '"steps":4' in text["sampling"]) == ("3", True)
+    assert json.loads(text["sampling"]) == {
+        "solver": "euler",
+        "steps": 4,
+        "guidance": 2.0,
+        "guidance_interval": [0.3, 0.9],
+    }
+    assert [text[name] for name in ("seed", "batch", "dtype", "device", "compile")] == [
+        "3",
+        "2",
+        "bf16",
+        "cpu",
+        "false",
+    ]
+    weights = (bundle / "model.safetensors").read_bytes()
+    assert json.loads(text["model"]) == {
+        "run": "tiny",
+        "step": "6",
+        "weights": "ema_9",
+        "precision": "fp32",
+        "digest": hashlib.blake2b(weights, digest_size=16).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance-interval", "0.9,0.3"], "0 ≤ LOW < HIGH ≤ 1"),
+        (["--guidance-interval", "0,1.5"], "0 ≤ LOW < HIGH ≤ 1"),
+        (["--guidance-interval", "0.5"], "0 ≤ LOW < HIGH ≤ 1"),
+        (["--guidance-interval", "nan,1"], "0 ≤ LOW < HIGH ≤ 1"),
+        (["--guidance", "inf"], "--guidance inf"),
+    ],
+)
+def test_sampling_settings_that_make_no_sense(
+    bundle: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    arguments = ["sample", str(bundle), "--prompt", "a", "--out", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, [*arguments, *options])
+    assert isinstance(done.exception, InputError)
+    assert message in str(done.exception)
+
+
+def test_compiling_without_a_compiler(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"no C\+\+ compiler"):
+        load(bundle, device="cpu", compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="a C++ compiler is needed")
+def test_compiled_blocks_draw_the_same(bundle: Path) -> None:
+    plain, compiled = (load(bundle, device="cpu", compile=on) for on in (False, True))
+    sampling = SamplingConfig(steps=3, guidance=2.0)
+    expected = plain.latents(PROMPTS, seed=5, sampling=sampling)
+    ours = compiled.latents(PROMPTS, seed=5, sampling=sampling)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_token_norms_of_a_bundle(bundle: Path, tmp_path: Path) -> None:

@@ -17,6 +17,13 @@ class BundleDtype(StrEnum):
     fp16 = "fp16"
 
 
+class Quantization(StrEnum):
+    """8-bit weights in the blocks."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory of dsr-scale train.")],
     out: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
@@ -26,14 +33,38 @@ def export(
         typer.Option(help="`raw`, `ema` (the run's first average), or one by name: `ema_9995`."),
     ] = "ema",
     dtype: Annotated[BundleDtype, typer.Option(help="Precision.")] = BundleDtype.fp32,
+    quantize: Annotated[
+        Quantization | None,
+        typer.Option(
+            help="8-bit weights for the linears in the blocks; the rest stays in --dtype."
+        ),
+    ] = None,
+    copy_encoders: Annotated[
+        bool,
+        typer.Option(
+            "--copy-encoders", help="Copy the frozen networks too: no hub, no other path needed."
+        ),
+    ] = False,
 ) -> None:
-    """Write safetensors and a description that `dsr-scale sample` reads without the trainer."""
+    """Write a bundle that `dsr-scale sample` and diffusers read without the trainer."""
     from rich.console import Console
 
     from dsr_scale.export.bundle import export_run
 
-    description = export_run(run, out, step=step, weights=weights, dtype=dtype.value)
-    Console(stderr=True).print(
-        f"step {description.provenance.step} ({description.provenance.weights}, {dtype.value}) of "
-        f"{description.provenance.run_name} → {out}"
+    description = export_run(
+        run,
+        out,
+        step=step,
+        weights=weights,
+        dtype=dtype.value,
+        quantization=None if quantize is None else quantize.value,
+        copy_encoders=copy_encoders,
     )
+    size_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    console = Console(stderr=True)
+    console.print(
+        f"step {description.provenance.step} ({description.provenance.weights}, "
+        f"{description.precision}) of {description.provenance.run_name} → {out}, "
+        f"{size_bytes / 2**20:.1f} MiB"
+    )
+    console.print(f"before publishing it, fill in the licences in {out / 'README.md'}")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from dsr_scale import __version__
+from dsr_scale.base.errors import InputError
+
+if TYPE_CHECKING:
+    from dsr_scale.config.diffusion import SamplingConfig
+    from dsr_scale.export.pipeline import Pipeline
 
 
 class Solver(StrEnum):
@@ -25,6 +33,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Dtype(StrEnum):
+    """Precision to compute in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Directory written by dsr-scale export.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A caption; repeatable.")] = None,
@@ -36,35 +52,49 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(min=0, help="1 is off; default: the bundle's.")
     ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Model times (after the shift; 1 is noise) between which guidance applies; "
+            "default: the bundle's.",
+        ),
+    ] = None,
     autoguidance: Annotated[
         Path | None, typer.Option(help="Bundle of a weaker model to guide away from.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 16,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the bundle's.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks first: for many images.")
+    ] = False,
 ) -> None:
     """Draw one image per prompt."""
     from rich.console import Console
 
     prompts = _prompts(prompt or [], prompts_file)
-    from dsr_scale.base.errors import InputError
+    given = {
+        "steps": steps,
+        "solver": solver and solver.value,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval and _interval(guidance_interval),
+    }
+    from dsr_scale.base.atomic_files import require_writable_directory
     from dsr_scale.export.bundle import read_description
     from dsr_scale.export.pipeline import load
     from dsr_scale.telemetry.pictures import image_grid
     from dsr_scale.telemetry.progress import work_bar
 
-    chosen = read_description(bundle).sampling
-    given = {"steps": steps, "solver": solver and solver.value, "guidance": guidance}
-    sampling = type(chosen).model_validate(
-        chosen.model_dump() | {key: value for key, value in given.items() if value is not None}
-    )
-    pipeline = load(bundle, device=device.value)
-    weaker = None if autoguidance is None else load(autoguidance, device=device.value)
-    if weaker is not None and weaker.latent_space != pipeline.latent_space:
-        raise InputError(
-            found=f"latents of {pipeline.latent_space} in {bundle}, {weaker.latent_space} in {autoguidance}",
-            required="two models of the same latents",
-            remedy="guide with a smaller or less trained model of the same encoder and resolution",
-        )
+    require_writable_directory(out.parent)
+    description = read_description(bundle)
+    sampling = _sampling(description.sampling, given)
+    precision = None if dtype is None else dtype.value
+    pipeline = load(bundle, device=device.value, dtype=precision, compile=compile)
+    weaker = None
+    if autoguidance is not None:
+        weaker = load(autoguidance, device=device.value, dtype=precision, compile=compile)
+        _require_same_latents(pipeline, bundle, weaker, autoguidance)
     console = Console(stderr=True)
     with work_bar(console) as bar:
         chunks = -(-len(prompts) // batch)
@@ -82,15 +112,63 @@ def sample(
         "seed": str(seed),
         "sampling": sampling.model_dump_json(),
         "bundle": str(bundle),
-        "autoguidance": str(autoguidance),
+        "model": json.dumps(description.identity),
+        "device": str(pipeline.device),
+        "dtype": precision or description.dtype,
+        "compile": str(compile).lower(),
+        "batch": str(batch),
+        "software": f"dsr-scale {__version__}",
     }
+    if autoguidance is not None:
+        metadata["autoguidance"] = json.dumps(read_description(autoguidance).identity)
     image_grid([("", images)], prompts, out, side=max(96, images.shape[-1]), metadata=metadata)
     console.print(f"{len(prompts)} images → {out}")
 
 
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    from dsr_scale.base.errors import InputError
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+        fits = 0 <= low < high <= 1
+    except ValueError:
+        fits, low, high = False, 0.0, 0.0
+    if not fits:
+        raise InputError(
+            found=f"--guidance-interval {text}",
+            required="LOW,HIGH with 0 ≤ LOW < HIGH ≤ 1, in model time: 0 is data, 1 is noise",
+            remedy="write for example --guidance-interval 0.1,0.9; 0,1 is everywhere",
+        )
+    return low, high
 
+
+def _sampling(chosen: SamplingConfig, given: dict[str, object]) -> SamplingConfig:
+    """The bundle's settings with those that were given in their place."""
+    from pydantic import ValidationError
+
+    changes = {name: value for name, value in given.items() if value is not None}
+    try:
+        return type(chosen).model_validate(chosen.model_dump() | changes)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        raise InputError(
+            found=f"--{name} {changes[name]}",
+            required=problem["msg"],
+            remedy="correct it, or leave it out for the bundle's own",
+        ) from error
+
+
+def _require_same_latents(
+    pipeline: Pipeline, bundle: Path, weaker: Pipeline, autoguidance: Path
+) -> None:
+    if weaker.latent_space != pipeline.latent_space:
+        raise InputError(
+            found=f"latents of {pipeline.latent_space} in {bundle}, {weaker.latent_space} in {autoguidance}",
+            required="two models of the same latents",
+            remedy="guide with a smaller or less trained model of the same encoder and resolution",
+        )
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
     prompts = list(given)
     if file is not None:
         if not file.is_file():

@@ -73,7 +73,12 @@ def _widths(run: RunConfig) -> Problems:
 
 def _registers(run: RunConfig) -> Problems:
     model = with_preset(run.model)
-    yield from register_problems(model.registers.count, register_start(model), model.depth)
+    yield from register_problems(
+        model.registers.count,
+        register_start(model),
+        model.depth,
+        masked=model.registers.masked,
+    )
 
 
 def _conditioning(run: RunConfig) -> Problems:

@@ -83,11 +83,14 @@ def parameters(shape: ModelShape) -> dict[str, Count]:
         registers += shape.registers * head.width
         projector = 0 if head.width == width else _linear(width, head.width)
         block = _self_block(head.width, head.heads, shape.qk_norm) + _adaln(head.width)
+        block += _exact(variant_parameters(shape, head.width, head.heads))
         head_count = block.times(head.depth) + _exact(_linear(cells, head.width) + projector)
     timestep = _linear(2 * FREQUENCIES, width) + _linear(width, width)
+    body = _self_block(width, shape.heads, shape.qk_norm)
+    body += _exact(variant_parameters(shape, width, shape.heads))
     return {
         "embedders": _exact(_linear(cells, width) + timestep),
-        "body": _self_block(width, shape.heads, shape.qk_norm).times(shape.depth),
+        "body": body.times(shape.depth),
         "AdaLN": _adaln(width).times(shape.depth),
         "registers": _exact(registers),
         "conditioning": _conditioning(shape),
@@ -124,6 +127,17 @@ def _swiglu(width: int) -> Count:
 def _self_block(width: int, heads: int, qk_norm: bool) -> Count:
     """Two norms, self-attention, SwiGLU."""
     return _exact(2 * width + _attention(width, heads, qk_norm)) + _swiglu(width)
+
+
+def variant_parameters(shape: ModelShape, width: int, heads: int) -> int:
+    """What `attention_variant` adds to a block of body or head; all of it divides over heads."""
+    match shape.attention_variant:
+        case "bias":
+            return 2 * width
+        case "gated":
+            return _linear(width, heads)
+        case _:
+            return 0
 
 
 def _adaln(width: int) -> Count:
@@ -170,8 +184,8 @@ def forward_flops(shape: ModelShape) -> dict[str, int]:
     image, text = shape.image_tokens, shape.text_length
     per_token = shape.conditioning.kind == "query_adaln"
     body = adaln = cross = 0
-    for rows in body_rows(shape):
-        body += block_flops(width, rows)
+    for block, rows in enumerate(body_rows(shape)):
+        body += block_flops(width, rows) + variant_flops(shape, block)
         adaln += adaln_flops(width, rows if per_token else 1)
         if shape.conditioning.kind == "cross_attention":
             cross += cross_flops(width, rows, text)
@@ -180,7 +194,7 @@ def forward_flops(shape: ModelShape) -> dict[str, int]:
     if head is not None:
         rows = image + shape.registers
         head_flops = head.depth * (block_flops(head.width, rows) + adaln_flops(head.width, rows))
-        head_flops += head_entry_flops(shape)
+        head_flops += head.depth * variant_flops(shape, shape.depth) + head_entry_flops(shape)
     return {
         "embedders": embedders,
         "body": body,
@@ -194,10 +208,7 @@ def forward_flops(shape: ModelShape) -> dict[str, int]:
 def body_rows(shape: ModelShape) -> list[int]:
     """Rows inside each body block: image, text in context, registers from their start."""
     text = shape.text_length if shape.conditioning.kind == "in_context" else 0
-    return [
-        shape.image_tokens + text + (shape.registers if block >= shape.register_start else 0)
-        for block in range(shape.depth)
-    ]
+    return [shape.image_tokens + text + shape.registers_in(block) for block in range(shape.depth)]
 
 
 def training_flops(shape: ModelShape) -> int:
@@ -236,6 +247,30 @@ def final_flops(shape: ModelShape) -> int:
 def block_flops(width: int, rows: int) -> int:
     """Self-attention and SwiGLU over `rows` tokens."""
     return rows * (8 * width**2 + 6 * width * hidden_width(width)) + 4 * rows**2 * width
+
+
+def variant_flops(shape: ModelShape, block: int) -> int:
+    """What the attention of a block computes beyond `block_flops`; below 0 where registers are masked.
+
+    `bias` and `off_by_one` are one more key, `gated` one more output feature per head; queries that
+    do not see the registers save their products with them.
+    """
+    if block < shape.depth:
+        width, heads, rows = shape.width, shape.heads, body_rows(shape)[block]
+    else:
+        assert shape.head is not None
+        width, heads = shape.head.width, shape.head.heads
+        rows = shape.image_tokens + shape.registers
+    hidden = shape.registers_in(block) if shape.registers_masked else 0
+    flops = -4 * hidden * (rows - hidden) * width
+    match shape.attention_variant:
+        case "bias" | "off_by_one":
+            flops += 4 * rows * width
+        case "gated":
+            flops += 2 * rows * width * heads
+        case "plain":
+            pass
+    return flops
 
 
 def adaln_flops(width: int, rows: int) -> int:

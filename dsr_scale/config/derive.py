@@ -18,7 +18,12 @@ from dsr_scale.config.encoders import (
     VaeImage,
     VitImage,
 )
-from dsr_scale.config.model import ConditioningConfig, HeadConfig, ModelConfig
+from dsr_scale.config.model import (
+    AttentionVariant,
+    ConditioningConfig,
+    HeadConfig,
+    ModelConfig,
+)
 from dsr_scale.config.presets import with_preset
 from dsr_scale.config.run import RunConfig
 from dsr_scale.config.section import Section
@@ -89,6 +94,12 @@ class ModelShape(Section):
     """Padded caption length in tokens."""
     qk_norm: bool
     attention: Literal["sdpa", "flash"]
+    attention_variant: AttentionVariant = "plain"
+    registers_masked: bool = False
+
+    def registers_in(self, block: int) -> int:
+        """Registers among the rows of block `block`; the head's blocks follow the body's."""
+        return self.registers if block >= self.register_start else 0
 
     @property
     def image_tokens(self) -> int:
@@ -200,6 +211,8 @@ def model_shape(run: RunConfig) -> ModelShape:
         text_length=text_length,
         qk_norm=model.qk_norm,
         attention=model.attention,
+        attention_variant=model.attention_variant,
+        registers_masked=model.registers.masked,
     )
 
 

@@ -35,7 +35,8 @@ class DiffusionConfig(Section):
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """Largest signal-to-noise ratio that counts in full, for `min_snr`."""
     mask_token_norm: float | None = Field(default=None, gt=0)
-    """Leave latent tokens whose norm reaches this out of the loss (a negative result of the paper)."""
+    """Leave latent tokens whose norm, after whitening, reaches this out of the loss, and weigh the
+    image's other tokens up by as much (a negative result of the paper, at 100)."""
 
 
 class SamplingConfig(Section):

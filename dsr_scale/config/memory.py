@@ -3,7 +3,8 @@
 States are exact counts. Activations are those of the blocks, which dominate: eager ones were measured
 on this package's blocks by counting what autograd keeps, whole and with linears that hold half of
 the heads; compiled and recomputed ones are derived. The frozen encoders, communication buffers and
-the allocator's slack are in none of them.
+the allocator's slack are in none of them; nor is what `model.attention_variant` changes, which was
+measured as 7 % less to 4 % more.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ class RegistersConfig(Section):
     """K; 0 is the baseline without registers, bit for bit."""
     start: int | None = Field(default=None, ge=0)
     """First block that sees them; None is ceil(2·depth/7), the published rule."""
+    masked: bool = False
+    """Hide them from every other token: the control that computes the baseline with their rows."""
 
 
 class HeadConfig(Section):
@@ -58,6 +60,9 @@ class QueryAdaLNConditioning(Section):
     """Transformer layers through which the queries read the caption."""
 
 
+AttentionVariant = Literal["plain", "bias", "off_by_one", "gated"]
+"""What stands beside the softmax of self-attention."""
+
 ConditioningConfig = Annotated[
     ClassConditioning | CrossAttentionConditioning | InContextConditioning | QueryAdaLNConditioning,
     Field(discriminator="kind"),
@@ -84,6 +89,10 @@ class ModelConfig(Section):
     """RMSNorm on queries and keys of each head; off in the published models."""
     attention: Literal["sdpa", "flash"] = "sdpa"
     """`flash` calls the flash-attn package (extra `flash`); `sdpa` is torch's own."""
+    attention_variant: AttentionVariant = "plain"
+    """Other remedies for outliers, in every block of body and head (docs/method.md §2): `bias` is one
+    learned key and value per head, `off_by_one` adds 1 to the softmax's denominator, `gated` scales
+    each head's output by a sigmoid of the block's input."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dsr_scale.config.costs import variant_parameters
 from dsr_scale.config.derive import (
     BYTE_LAYERS,
     BYTE_VOCABULARY,
@@ -69,6 +70,7 @@ def block_share(shape: ModelShape, block: int) -> Share:
         _swiglu(width),
         Share(tokens=2 * width),
         Share(heads=2 * (width // heads) if shape.qk_norm else 0),
+        Share(split=variant_parameters(shape, width, heads)),
         Share(tokens=modulation) if per_token else Share(split=modulation),
     )
     if block < shape.depth and shape.conditioning.kind == "cross_attention":

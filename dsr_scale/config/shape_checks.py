@@ -20,7 +20,9 @@ def check_shape(shape: ModelShape) -> None:
     """Raises InputError with everything in `shape` that does not fit together."""
     problems = [
         *width_problems(shape.width, shape.heads, shape.head),
-        *register_problems(shape.registers, shape.register_start, shape.depth),
+        *register_problems(
+            shape.registers, shape.register_start, shape.depth, masked=shape.registers_masked
+        ),
         *patch_problems("data.resolution", shape.grid, shape.patch),
         *flash_problems(shape.attention, shape.conditioning.kind),
     ]
@@ -62,8 +64,14 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0 and number // n >= 4)
 
 
-def register_problems(count: int, start: int, depth: int) -> Problems:
-    """`count` registers that enter at block `start` of a body of `depth` blocks."""
+def register_problems(count: int, start: int, depth: int, *, masked: bool) -> Problems:
+    """`count` registers that enter at block `start` of a body of `depth` blocks, or hide there."""
+    if masked and not count:
+        yield InputError(
+            found="model.registers.masked = true, model.registers.count = 0",
+            required="registers to hide",
+            remedy="set model.registers.count, or model.registers.masked to false",
+        )
     if count and start >= depth:
         yield InputError(
             found=f"model.registers.start = {start} in a body of {depth} blocks",

@@ -23,6 +23,7 @@ from dsr_scale.config.costs import (
     patch_flops,
     text_flops,
     timestep_flops,
+    variant_flops,
 )
 from dsr_scale.config.derive import ModelShape
 
@@ -40,15 +41,16 @@ def block_costs(shape: ModelShape) -> list[int]:
     """
     per_token = shape.conditioning.kind == "query_adaln"
     costs: list[int] = []
-    for rows in body_rows(shape):
-        cost = block_flops(shape.width, rows)
+    for block, rows in enumerate(body_rows(shape)):
+        cost = block_flops(shape.width, rows) + variant_flops(shape, block)
         cost += adaln_flops(shape.width, rows if per_token else 1)
         if shape.conditioning.kind == "cross_attention":
             cost += cross_flops(shape.width, rows, shape.text_length)
         costs.append(cost)
     if shape.head is not None:
         rows, width = shape.image_tokens + shape.registers, shape.head.width
-        costs += [block_flops(width, rows) + adaln_flops(width, rows)] * shape.head.depth
+        cost = block_flops(width, rows) + variant_flops(shape, shape.depth)
+        costs += [cost + adaln_flops(width, rows)] * shape.head.depth
         costs[shape.depth] += head_entry_flops(shape)
     costs[0] += patch_flops(shape, shape.width)
     costs[-1] += final_flops(shape)

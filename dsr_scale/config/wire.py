@@ -129,12 +129,18 @@ def _block(run: RunConfig, shape: ModelShape, block: int, tp: int) -> TensorPayl
     sp, recompute = run.parallel.sp, run.training.recompute
     # Selective recompute keeps what an all-reduce left, and gathers and scatters again.
     forwards = 2 if recompute == "full" or (recompute == "selective" and sp) else 1
+    text = None
     if block >= shape.depth:
         assert shape.head is not None
         rows, width = shape.image_tokens + shape.registers, shape.head.width
-        return block_payload(rows, width, None, tp, sp, forwards)
-    text = shape.text_length if shape.conditioning.kind == "cross_attention" else None
-    return block_payload(body_rows(shape)[block], shape.width, text, tp, sp, forwards)
+    else:
+        rows, width = body_rows(shape)[block], shape.width
+        if shape.conditioning.kind == "cross_attention":
+            text = shape.text_length
+    payload = block_payload(rows, width, text, tp, sp, forwards)
+    if shape.attention_variant == "gated":
+        payload = payload.plus(gate_payload(rows, width, tp, sp, forwards))
+    return payload
 
 
 def block_payload(
@@ -157,6 +163,15 @@ def block_payload(
         all_gather=pairs * (tokens // tp) * (forwards + 2),
         reduce_scatter=pairs * tokens * (forwards + 1),
     )
+
+
+def gate_payload(rows: int, width: int, tp: int, sp: bool, forwards: int) -> TensorPayload:
+    """Elements per image of a gate, one more product of attention's input: its gradient is summed.
+    Under sequence parallelism the input is gathered in each forward and once more for the weights."""
+    tokens = rows * width
+    if not sp:
+        return TensorPayload(all_reduce=tokens)
+    return TensorPayload(all_gather=(tokens // tp) * (forwards + 1), reduce_scatter=tokens)
 
 
 def modulation_payload(width: int, blocks: int, tp: int, sp: bool) -> TensorPayload:

@@ -37,11 +37,11 @@ def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
 def token_mask_weight(x: Tensor, threshold: float) -> Tensor:
     """Weights [B,1,H,W] that leave tokens of norm ≥ `threshold` out: m/(mean m + ε) (docs/method.md §3).
 
-    The norm is over the channels of the latents x [B,C,H,W]; the mean is over the local batch, as
-    published.
+    The norm is over the channels of the whitened latents x [B,C,H,W], the mean over each image: a
+    sample's loss is then its own, whatever micro-batch and rank it falls to (docs/method.md §6).
     """
     kept = (x.float().norm(dim=1, keepdim=True) < threshold).float()
-    return kept / (kept.mean() + _EPSILON)
+    return kept / (kept.mean(dim=(1, 2, 3), keepdim=True) + _EPSILON)
 
 
 def velocity_loss(

@@ -1,21 +1,28 @@
 """An exported model: one directory with weights, the network's shape, and what surrounds it.
 
     model.safetensors               weights in the bundle's dtype, by parameter name
-    bundle.json                     shape, diffusion settings, encoder references, provenance
+    bundle.json                     shape, diffusion and sampling settings, encoders, provenance
+    model_index.json                how diffusers opens the bundle
     latent_statistics.safetensors   of a whitened ViT encoder: the decoder undoes them
+    text_encoder/ …                 copies of the frozen networks, when asked for
+    README.md, sample_grid.png      the model card
+    packages.txt                    what exported; training_packages.txt what trained
 
-Frozen encoders are referenced by name and revision, not copied. The whole of it is read without
-DeepSpeed, megatron-core or streaming.
+Frozen encoders are referenced by name and revision unless copies are asked for. The whole of it is
+read without DeepSpeed, megatron-core or streaming. What guidance calls the null condition is a learned
+tensor among the weights.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from dsr_scale import __version__
@@ -27,13 +34,32 @@ from dsr_scale.config.diffusion import DiffusionConfig, SamplingConfig
 from dsr_scale.config.encoders import EncodersConfig
 from dsr_scale.config.section import Section
 from dsr_scale.config.training import ema_name
-from dsr_scale.export.encoder_files import copy_files, relocated
+from dsr_scale.export.card import CARD_FILE, GRID_FILE, model_card
+from dsr_scale.export.encoder_files import (
+    check_sources,
+    copy_files,
+    copy_models,
+    models_to_copy,
+    relocated,
+)
+from dsr_scale.export.history import RunHistory, read_history
+from dsr_scale.export.quantization import Quantization, quantize_blocks
+from dsr_scale.job.record import packages_text
 from dsr_scale.model.build import build_on_meta
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "bundle.json"
+DIFFUSERS_FILE = "model_index.json"
+PACKAGES_FILE = "packages.txt"
+TRAINING_PACKAGES_FILE = "training_packages.txt"
 FORMAT = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+BundleDtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[BundleDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class Provenance(Section):
@@ -53,15 +79,43 @@ class BundleDescription(Section):
 
     format: int
     written_by: str
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: BundleDtype
+    """Of the weights that are not quantized."""
+    quantization: Quantization | None = None
+    """Of the linears inside the blocks."""
     resolution: int
     shape: ModelShape
     diffusion: DiffusionConfig
     timestep_shift: float
     encoders: EncodersConfig
+    copied_models: dict[str, str] = Field(default_factory=dict)
+    """Directory in the bundle → the frozen network that its files are a copy of."""
     sampling: SamplingConfig
     """Defaults of `dsr-scale sample`."""
     provenance: Provenance
+    weights_digest: str = ""
+    """BLAKE2 of the weights file, 32 hexadecimal digits; filled in when it is written."""
+
+    @property
+    def precision(self) -> str:
+        """What the weights are stored in, for people."""
+        return (
+            f"{self.quantization} in the blocks, else {self.dtype}"
+            if self.quantization
+            else self.dtype
+        )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells this model from others: kept with everything made from it."""
+        origin = self.provenance
+        return {
+            "run": origin.run_name,
+            "step": str(origin.step),
+            "weights": origin.weights,
+            "precision": self.precision,
+            "digest": self.weights_digest,
+        }
 
 
 def export_run(
@@ -70,7 +124,9 @@ def export_run(
     *,
     step: int | None = None,
     weights: str = "ema",
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    dtype: BundleDtype = "fp32",
+    quantization: Quantization | None = None,
+    copy_encoders: bool = False,
 ) -> BundleDescription:
     """Writes the bundle of a run's checkpoint, the newest unless `step` is given.
 
@@ -78,7 +134,7 @@ def export_run(
 
     Reads in one process whatever number of ranks saved, one tensor group at a time: memory is the
     model in fp32 and in `dtype`, never the optimizer. Raises InputError for a missing checkpoint, one of
-    another model, or a directory that cannot be written.
+    another model, encoder files that are not there, or a directory that cannot be written.
     """
     checkpoint = directory.find_checkpoint(run_directory, step)
     atomic_files.require_writable_directory(out)
@@ -87,15 +143,19 @@ def export_run(
     config = state["config"]
     kind = _weights_kind(weights, config["training"]["ema_decays"])
     encoders = EncodersConfig.model_validate(config["encoders"])
+    check_sources(encoders, copy_models=copy_encoders)
+    copied = models_to_copy(encoders) if copy_encoders else {}
     description = BundleDescription(
         format=FORMAT,
         written_by=f"dsr-scale {__version__}",
         dtype=dtype,
+        quantization=quantization,
         resolution=config["data"]["resolution"],
         shape=shape,
         diffusion=DiffusionConfig.model_validate(config["diffusion"]),
         timestep_shift=state["timestep_shift"],
-        encoders=relocated(encoders, lambda name: name),
+        encoders=relocated(encoders, lambda name: name, copied),
+        copied_models=copied,
         sampling=SamplingConfig.model_validate(config["grid"]["sampling"]),
         provenance=Provenance(
             run_name=config["name"],
@@ -108,15 +168,67 @@ def export_run(
     )
     model = build_on_meta(shape).to_empty(device="cpu")
     load_checkpoint_weights(checkpoint, model, kind)
+    history = read_history(run_directory, state["step"], config)
+    return write_bundle(out, model, description, encoders, history=history)
+
+
+def write_bundle(
+    out: Path,
+    model: nn.Module,
+    description: BundleDescription,
+    encoders: EncodersConfig,
+    *,
+    history: RunHistory | None = None,
+) -> BundleDescription:
+    """Writes `model`, which it casts and quantizes in place as described, and what belongs to it.
+
+    `encoders` says where the files are now that the description places in the bundle. `history` is
+    what the model card tells of the run. Returns the description as written, with the digest of the
+    weights. Raises InputError for a directory that cannot be written, or a file that is not there.
+    """
+    atomic_files.require_writable_directory(out)
     # Without its description a directory is no bundle: an export cut short leaves none.
     (out / DESCRIPTION_FILE).unlink(missing_ok=True)
     copy_files(encoders, out)
-    _write_weights(out / WEIGHTS_FILE, model.to(DTYPES[dtype]))
+    if description.copied_models:
+        copy_models(encoders, out)
+    if description.quantization is not None:
+        quantize_blocks(model, description.quantization)
+    digest = _write_weights(out / WEIGHTS_FILE, model.to(DTYPES[description.dtype]))
+    description = description.model_copy(update={"weights_digest": digest})
+    atomic_files.write_json(out / DIFFUSERS_FILE, _diffusers_index())
+    _write_texts(out, description, history)
     atomic_files.write_json(out / DESCRIPTION_FILE, description.model_dump(mode="json"))
     return description
 
 
-def _write_weights(path: Path, model: nn.Module) -> None:
+def _diffusers_index() -> dict[str, object]:
+    """Names the classes of `diffusers_pipeline`, written out to leave diffusers unimported."""
+    return {
+        "_class_name": "DSRPipeline",
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+        "transformer": ["dsr_scale.export.diffusers_pipeline", "BundleTransformer"],
+    }
+
+
+def _write_texts(out: Path, description: BundleDescription, history: RunHistory | None) -> None:
+    """The model card with its picture, and the packages that trained and exported."""
+    optional = {
+        GRID_FILE: history.grid.read_bytes() if history and history.grid else None,
+        TRAINING_PACKAGES_FILE: history.packages.encode() if history and history.packages else None,
+    }
+    for name, content in optional.items():
+        if content is None:
+            # Of an earlier export into the same directory.
+            (out / name).unlink(missing_ok=True)
+        else:
+            atomic_files.write_bytes(out / name, content)
+    atomic_files.write_bytes(out / PACKAGES_FILE, packages_text().encode())
+    atomic_files.write_bytes(out / CARD_FILE, model_card(description, history).encode())
+
+
+def _write_weights(path: Path, model: nn.Module) -> str:
+    """Writes the weights; returns the digest of the file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -124,6 +236,10 @@ def _write_weights(path: Path, model: nn.Module) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         save_file(content, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        # The library makes files that their owner alone may read.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
         atomic_files.rename(temporary, path)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
@@ -132,6 +248,7 @@ def _write_weights(path: Path, model: nn.Module) -> None:
             required="room for the weights, and permission to write them",
             remedy="free space or choose another directory",
         ) from error
+    return digest.hexdigest()
 
 
 def _weights_kind(weights: str, ema_decays: list[float]) -> str:
@@ -192,7 +309,9 @@ def read_description(bundle: Path) -> BundleDescription:
             required="the file as dsr-scale export wrote it",
             remedy="export the run again",
         ) from error
-    encoders = relocated(description.encoders, lambda name: str(bundle / name))
+    encoders = relocated(
+        description.encoders, lambda name: str(bundle / name), description.copied_models
+    )
     return description.model_copy(update={"encoders": encoders})
 
 
@@ -208,7 +327,10 @@ def read_model(bundle: Path, description: BundleDescription, device: torch.devic
             required="a complete bundle",
             remedy="export the run again",
         )
-    model = build_on_meta(description.shape).to_empty(device="cpu").to(DTYPES[description.dtype])
+    skeleton = build_on_meta(description.shape)
+    if description.quantization is not None:
+        quantize_blocks(skeleton, description.quantization)
+    model = skeleton.to_empty(device="cpu").to(DTYPES[description.dtype])
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:

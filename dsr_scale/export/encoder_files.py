@@ -1,29 +1,76 @@
-"""The small files that the frozen encoders of a run read, carried inside its bundle.
+"""What a bundle holds of the frozen encoders: small files always, whole models when asked for.
 
-Weights are referenced by name and revision; statistics, register neurons and attention biases are
-files of the run's owner and decide what latents mean, so a bundle brings its own copies.
+Statistics, register neurons and attention biases are files of the run's owner and decide what latents
+mean, so a bundle always brings its own copies. Networks are referenced by name and revision, which
+keeps a bundle small; copied, they make it sample without a hub. What is copied are the files of the
+checkpoint, byte for byte, of the one weight format that the libraries would read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.encoders import EncodersConfig, VitImage
-from dsr_scale.encoders.locate import PACKAGE_SCHEME
+from dsr_scale.config.encoders import (
+    EncodersConfig,
+    RaeDecoder,
+    TransformersText,
+    VaeDecoder,
+    VaeImage,
+    VitImage,
+)
+from dsr_scale.encoders.loading import loading_errors
+from dsr_scale.encoders.locate import PACKAGE_SCHEME, Location, locate
 
 STATISTICS_FILE = "latent_statistics.safetensors"
 NEURONS_FILE = "register_neurons.json"
 BIAS_FILE = "attention_bias.safetensors"
 
+TEXT_DIRECTORY = "text_encoder"
+IMAGE_DIRECTORY = "image_encoder"
+DECODER_DIRECTORY = "decoder"
 
-def relocated(encoders: EncodersConfig, place: Callable[[str], str]) -> EncodersConfig:
-    """`encoders` with every file it names at `place(name in the bundle)`; shipped ones stay."""
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Configs and tokenizers."""
+_SAFETENSORS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*-of-*.safetensors",
+)
+_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "diffusion_pytorch_model.bin")
+"""Taken only where a checkpoint has no safetensors."""
+
+
+def relocated(
+    encoders: EncodersConfig, place: Callable[[str], str], copied: Collection[str] = ()
+) -> EncodersConfig:
+    """`encoders` with every small file, and each model in `copied`, at `place(name in the bundle)`.
+
+    Files that ship with this package stay where they are.
+    """
+    changes: dict[str, object] = {}
     image = encoders.image
-    if not isinstance(image, VitImage):
-        return encoders
+    if isinstance(image, VitImage):
+        changes["image"] = image = _with_files_at(image, place)
+    for part, directory in _directories(encoders).items():
+        if directory not in copied:
+            continue
+        model = image if part == "image" else getattr(encoders, part)
+        moved: dict[str, object] = {"model": place(directory)}
+        if isinstance(model, VitImage):
+            # Its name and revision say which network statistics and register files belong to.
+            moved["name"] = model.known_as
+        else:
+            moved["revision"] = None
+        changes[part] = model.model_copy(update=moved)
+    return encoders.model_copy(update=changes)
+
+
+def _with_files_at(image: VitImage, place: Callable[[str], str]) -> VitImage:
     changes: dict[str, object] = {}
     if image.statistics is not None:
         changes["statistics"] = place(STATISTICS_FILE)
@@ -34,25 +81,122 @@ def relocated(encoders: EncodersConfig, place: Callable[[str], str]) -> Encoders
     }
     if moved:
         changes["outliers"] = image.outliers.model_copy(update=moved)
-    return encoders.model_copy(update={"image": image.model_copy(update=changes)})
+    return image.model_copy(update=changes)
 
 
-def copy_files(encoders: EncodersConfig, out: Path) -> None:
-    """Copies them into a bundle. Raises InputError when one is not where the run had it."""
-    sources = _paths(encoders)
-    for name, target in _paths(relocated(encoders, lambda name: str(out / name))).items():
-        source = Path(sources[name]).expanduser()
-        if not source.is_file():
+def models_to_copy(encoders: EncodersConfig) -> dict[str, str]:
+    """Directory in a bundle → model and revision that belong there, for people; empty without models."""
+    return {
+        directory: f"{model} @ {revision}" if revision else model
+        for directory, (model, revision) in _models(encoders).items()
+    }
+
+
+def check_sources(encoders: EncodersConfig, *, copy_models: bool) -> None:
+    """Raises InputError when a file, or a local model to be copied, is not where the run had it."""
+    for name, path in _paths(encoders).items():
+        if not Path(path).expanduser().is_file():
             raise InputError(
-                found=f"no file at {source}",
+                found=f"no file at {path}",
                 required=f"the {name} of the encoder that the run was trained with",
                 remedy="export where that path is valid",
             )
-        atomic_files.write_bytes(Path(target), source.read_bytes())
+    if copy_models:
+        _locations(encoders)
+
+
+def copy_files(encoders: EncodersConfig, out: Path) -> None:
+    """Copies the small files into a bundle. Raises InputError as `check_sources` does."""
+    check_sources(encoders, copy_models=False)
+    sources = _paths(encoders)
+    for name, target in _paths(relocated(encoders, lambda name: str(out / name))).items():
+        atomic_files.write_bytes(Path(target), Path(sources[name]).expanduser().read_bytes())
+
+
+def copy_models(encoders: EncodersConfig, out: Path) -> None:
+    """Copies the checkpoints of text encoder, image encoder and decoder into a bundle.
+
+    From the hub they are downloaded first. Raises InputError when one cannot be had.
+    """
+    for directory, location in _locations(encoders).items():
+        source = _local_files(location)
+        weights = _matching(source, _SAFETENSORS) or _matching(source, _PICKLES)
+        if not weights:
+            raise InputError(
+                found=f"no weights in {source}",
+                required=f"one of {', '.join(_SAFETENSORS + _PICKLES)}",
+                remedy="give a directory as save_pretrained writes it",
+            )
+        target = out / directory
+        with atomic_files.storage_errors(target):
+            if target.exists():
+                shutil.rmtree(target)
+            target.mkdir()
+            for file in [*_matching(source, _SMALL_FILES), *weights]:
+                shutil.copyfile(file, target / file.name)
+
+
+def _local_files(location: Location) -> Path:
+    """A directory with the checkpoint's files."""
+    if location.is_local:
+        return Path(location.source)
+    from huggingface_hub import snapshot_download
+
+    with loading_errors(location):
+        for weights in (_SAFETENSORS, _PICKLES):
+            folder = snapshot_download(
+                location.source,
+                revision=location.revision,
+                allow_patterns=[*_SMALL_FILES, *weights],
+            )
+            if _matching(Path(folder), weights):
+                break
+    return Path(folder)
+
+
+def _matching(directory: Path, patterns: Collection[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
+
+def _locations(encoders: EncodersConfig) -> dict[str, Location]:
+    """Directory in a bundle → where the checkpoint is. Raises InputError as `locate` does."""
+    named = encoders.image.known_as if isinstance(encoders.image, VitImage) else None
+    return {
+        directory: locate(model, revision, name=named if directory == IMAGE_DIRECTORY else None)
+        for directory, (model, revision) in _models(encoders).items()
+    }
+
+
+def _models(encoders: EncodersConfig) -> dict[str, tuple[str, str | None]]:
+    """Directory in a bundle → model and revision."""
+    parts = (
+        (directory, getattr(encoders, part)) for part, directory in _directories(encoders).items()
+    )
+    return {directory: (model.model, model.revision) for directory, model in parts}
+
+
+def _directories(encoders: EncodersConfig) -> dict[str, str]:
+    """Part of the config → directory in a bundle, for parts with a checkpoint.
+
+    An autoencoder that is encoder and decoder has one directory.
+    """
+    found: dict[str, str] = {}
+    image, text, decoder = encoders.image, encoders.text, encoders.decoder
+    if isinstance(image, VitImage | VaeImage):
+        found["image"] = IMAGE_DIRECTORY
+    if isinstance(text, TransformersText):
+        found["text"] = TEXT_DIRECTORY
+    if isinstance(decoder, RaeDecoder | VaeDecoder):
+        shared = isinstance(image, VaeImage) and (image.model, image.revision) == (
+            decoder.model,
+            decoder.revision,
+        )
+        found["decoder"] = IMAGE_DIRECTORY if shared else DECODER_DIRECTORY
+    return found
 
 
 def _paths(encoders: EncodersConfig) -> dict[str, str]:
-    """What is named, by what it is; without what ships with the package."""
+    """The small files, by what they are; without what ships with the package."""
     image = encoders.image
     if not isinstance(image, VitImage):
         return {}

@@ -6,6 +6,8 @@ There is one code path, so an exported bundle draws what the trainer's EMA drew.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,10 @@ from dsr_scale.encoders.contract import (
     build_decoder,
     build_text_encoder,
 )
-from dsr_scale.export.bundle import read_description, read_model
+from dsr_scale.export.bundle import DTYPES, BundleDtype, read_description, read_model
 from dsr_scale.model.conditioning import Condition, concatenate
+
+DEFAULT_SAMPLING = SamplingConfig()
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Pipeline:
     device: torch.device
     latent_space: str
     """Encoder, channels and grid: models that share it may guide each other."""
+    sampling: SamplingConfig = DEFAULT_SAMPLING
+    """What `sample` does unless told otherwise."""
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """What the network is conditioned on: captions, or class numbers written as text."""
@@ -121,19 +127,22 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         seed: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | None = None,
         batch: int = 16,
         weaker: Pipeline | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Images uint8 [N,3,H,W] for N prompts, `batch` at a time; its size changes no image's noise."""
+        """Images uint8 [N,3,H,W] for N prompts, `batch` at a time; its size changes no image's noise.
+
+        `sampling` is the bundle's by default. `on_step` is told steps done and of all, batch by batch.
+        """
         images = []
         for start in range(0, len(prompts), batch):
             chunk = prompts[start : start + batch]
             latents = self.latents(
                 chunk,
                 seed=seed,
-                sampling=sampling,
+                sampling=sampling or self.sampling,
                 first_index=start,
                 weaker=weaker,
                 on_step=on_step,
@@ -142,10 +151,18 @@ class Pipeline:
         return torch.cat(images)
 
 
-def load(bundle: str | Path, *, device: str = "auto") -> Pipeline:
+def load(
+    bundle: str | Path,
+    *,
+    device: str = "auto",
+    dtype: BundleDtype | None = None,
+    compile: bool = False,
+) -> Pipeline:
     """Opens an exported bundle on one device (`auto`: the first GPU, else the CPU).
 
-    Raises InputError for a bundle that is missing or damaged, or a GPU that is not there.
+    The network runs in `dtype`, by default the bundle's; `compile` compiles each block at its first
+    use, which takes minutes and needs a C++ compiler. Raises InputError for a bundle that is missing
+    or damaged, a GPU or a compiler that is not there.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
@@ -153,20 +170,40 @@ def load(bundle: str | Path, *, device: str = "auto") -> Pipeline:
             required=f"a CUDA device for --device {device}",
             remedy="use --device cpu, or install a CUDA build of torch",
         )
+    if compile:
+        _require_compiler()
     chosen = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     path = Path(bundle)
     description = read_description(path)
+    model = read_model(path, description, chosen)
+    if dtype is not None:
+        model = model.to(DTYPES[dtype])
+    if compile:
+        for block in model.get_submodule("blocks").children():
+            block.compile()
     return build_pipeline(
-        read_model(path, description, chosen),
+        model,
         shape=description.shape,
         diffusion=description.diffusion,
         timestep_shift=description.timestep_shift,
         encoders=description.encoders,
         resolution=description.resolution,
         device=chosen,
+        sampling=description.sampling,
     )
+
+
+def _require_compiler() -> None:
+    """torch.compile builds its kernels, or what launches them on a GPU, with the machine's compiler."""
+    compilers = [os.environ.get("CXX", ""), os.environ.get("CC", ""), "g++", "gcc", "clang++", "cc"]
+    if not any(name and shutil.which(name) for name in compilers):
+        raise InputError(
+            found="no C++ compiler in PATH, CC or CXX",
+            required="one, to compile the network's blocks",
+            remedy="install g++, or sample without --compile",
+        )
 
 
 def build_pipeline(
@@ -179,6 +216,7 @@ def build_pipeline(
     resolution: int,
     device: torch.device,
     text_encoder: TextEncoder | None = None,
+    sampling: SamplingConfig = DEFAULT_SAMPLING,
 ) -> Pipeline:
     """A pipeline around a loaded network; one in training may lend its loaded `text_encoder`.
 
@@ -197,5 +235,13 @@ def build_pipeline(
     name = image.known_as if isinstance(image, VitImage) else getattr(image, "model", image.kind)
     latent_space = f"{name}, {shape.channels} channels on {shape.grid[0]}×{shape.grid[1]}"
     return Pipeline(
-        model, shape, diffusion, timestep_shift, text_encoder, decoder, device, latent_space
+        model,
+        shape,
+        diffusion,
+        timestep_shift,
+        text_encoder,
+        decoder,
+        device,
+        latent_space,
+        sampling,
     )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dsr_scale.config.model import AttentionVariant
 from dsr_scale.model.layers import Attention, CrossAttention, RMSNorm, SwiGLU, modulate
 
 
@@ -20,10 +21,14 @@ class Block(nn.Module):
         cross: bool = False,
         qk_norm: bool = False,
         attention: Literal["sdpa", "flash"] = "sdpa",
+        variant: AttentionVariant = "plain",
+        hidden: int = 0,
     ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, qk_norm=qk_norm, kind=attention)
+        self.attn = Attention(
+            width, heads, qk_norm=qk_norm, kind=attention, variant=variant, hidden=hidden
+        )
         if cross:
             self.norm_cross = RMSNorm(width)
             self.cross = CrossAttention(width, heads)

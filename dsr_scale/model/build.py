@@ -16,6 +16,7 @@ _NEVER_DECAY = (
     "null_token",
     "embedding_table",
     "byte_table",
+    "sink",
 )
 
 
@@ -45,7 +46,8 @@ def decay_groups(
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
     """Parameters that weight decay applies to, and those it spares: (decay, no_decay).
 
-    Matrices decay; norms, biases, embeddings, registers, queries and null tokens do not. Decided by
+    Matrices decay; norms, biases, embeddings, registers, queries and null tokens do not, nor do the
+    keys and values of an attention bias. Decided by
     name and rank of the tensor, so it holds for linears of any class, split or not.
     """
     decay: list[tuple[str, nn.Parameter]] = []

@@ -72,8 +72,10 @@ class DiT(nn.Module):
                 cross=self.kind == "cross_attention",
                 qk_norm=shape.qk_norm,
                 attention=shape.attention,
+                variant=shape.attention_variant,
+                hidden=shape.registers_in(index) if shape.registers_masked else 0,
             )
-            for _ in range(shape.depth)
+            for index in range(shape.depth)
         ]
         wide = []
         if head is None:
@@ -94,6 +96,8 @@ class DiT(nn.Module):
                     head.heads,
                     qk_norm=shape.qk_norm,
                     attention=shape.attention,
+                    variant=shape.attention_variant,
+                    hidden=shape.registers if shape.registers_masked else 0,
                 )
                 for _ in range(head.depth)
             ]

@@ -64,7 +64,8 @@ def _draws(model: DiT) -> Iterator[tuple[str, Draw]]:
 
 
 def _bare(leaf: str, parameter: Tensor) -> Draw:
-    """Parameters that belong to no linear: norm weights, registers, queries, null tokens."""
+    """Parameters that belong to no linear: norm weights, registers, queries, null tokens, biases of
+    attention."""
     shape = parameter.shape
     if leaf == "weight":
         return _constant(1.0, *shape)
@@ -72,7 +73,7 @@ def _bare(leaf: str, parameter: Tensor) -> Draw:
         return _normal(1.0, *shape)
     if leaf == "queries":
         return _normal(1 / math.sqrt(shape[-1]), *shape)
-    assert leaf == "null_token", leaf
+    assert leaf in ("null_token", "key", "value"), leaf
     return _normal(0.02, *shape)
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.derive import FREQUENCIES, padded_hidden_width
+from dsr_scale.config.model import AttentionVariant
 
 
 class RMSNorm(nn.Module):
@@ -68,8 +69,26 @@ def require_flash(device: torch.device) -> None:
         )
 
 
+class AttentionBias(nn.Module):
+    """A key and a value per head that every query may attend to, [h,d] each (docs/method.md §2)."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(heads, head_dim))
+        self.value = nn.Parameter(torch.empty(heads, head_dim))
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends them to keys and values: [B,h,N,d] → [B,h,N+1,d]."""
+        key, value = (x[None, :, None].expand(len(k), -1, -1, -1) for x in (self.key, self.value))
+        return torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
+
+
 class Attention(nn.Module):
-    """Self-attention with a fused qkv projection: [B,N,D] → [B,N,D]."""
+    """Self-attention with a fused qkv projection: [B,N,D] → [B,N,D].
+
+    The first `hidden` rows see all and are seen by each other only. Their queries and the others' are
+    two calls, since a mask over pairs of rows would lose the fast kernels.
+    """
 
     def __init__(
         self,
@@ -78,16 +97,24 @@ class Attention(nn.Module):
         *,
         qk_norm: bool = False,
         kind: Literal["sdpa", "flash"] = "sdpa",
+        variant: AttentionVariant = "plain",
+        hidden: int = 0,
     ) -> None:
         super().__init__()
         self.head_dim = width // heads
         self.kind = kind
+        self.variant = variant
+        self.hidden = hidden
         # Imported here: torch.compile cannot trace an import. A machine that only plans has none.
         self.flash = _flash_function() if kind == "flash" else None
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        if variant == "bias":
+            self.sink = AttentionBias(heads, self.head_dim)
+        if variant == "gated":
+            self.gate = nn.Linear(width, heads)
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None
@@ -98,12 +125,37 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.kind == "flash":
-            assert mask is None, "flash-attn takes no mask; check_shape refuses text in context"
-            out = self._flash(q, k, v)
-        else:
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self.variant == "bias":
+            k, v = self.sink(k, v)
+        elif self.variant == "off_by_one":
+            # A key of zeros has the logit 0, so it adds e⁰ to the denominator and, by its value, nothing.
+            k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        if mask is not None and self.variant in ("bias", "off_by_one"):
+            mask = functional.pad(mask, (0, 1), value=True)
+        out = self._attend(q, k, v, mask)
+        if self.variant == "gated":
+            out = out * self.gate(x).sigmoid().transpose(1, 2)[..., None]
         return self.proj(out.transpose(1, 2).flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention of q [B,h,N,d] to k and v [B,h,M,d]; `mask` [B,1,1,M]."""
+        if not self.hidden:
+            return self._kernel(q, k, v, mask)
+        first, rest = slice(self.hidden), slice(self.hidden, None)
+        seen = None if mask is None else mask[..., rest]
+        return torch.cat(
+            [
+                self._kernel(q[:, :, first], k, v, mask),
+                self._kernel(q[:, :, rest], k[:, :, rest], v[:, :, rest], seen),
+            ],
+            dim=2,
+        )
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.kind == "sdpa":
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert mask is None, "flash-attn takes no mask; check_shape refuses text in context"
+        return self._flash(q, k, v)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """flash-attn on [B,h,N,d]; its own layout is [B,N,h,d]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsr_scale.config.derive import ModelShape
 from dsr_scale.model.dit import Carried, DiT, Probe, Signal
-from dsr_scale.model.layers import RMSNorm
+from dsr_scale.model.layers import AttentionBias, RMSNorm
 from dsr_scale.model.layout import TokenLayout
 from dsr_scale.parallel.groups import Axis
 from dsr_scale.parallel.tensor_layers import (
@@ -135,7 +135,7 @@ def split_model(model: SplitDiT) -> None:
     """Replaces every module that the plan does not leave whole; weights are empty afterwards."""
     plan = TensorPlan(model.shape)
     for path, module in list(model.named_modules()):
-        if not isinstance(module, (nn.Linear, RMSNorm)):
+        if not isinstance(module, (nn.Linear, RMSNorm, AttentionBias)):
             continue
         rule = plan.rule(path)
         replacement = _replacement(rule, module, model.tensor, sequence=model.sequence)
@@ -150,8 +150,11 @@ def split_model(model: SplitDiT) -> None:
 
 
 def _replacement(
-    rule: Rule, module: nn.Linear | RMSNorm, tensor: Axis, *, sequence: bool
+    rule: Rule, module: nn.Linear | RMSNorm | AttentionBias, tensor: Axis, *, sequence: bool
 ) -> nn.Module | None:
+    if isinstance(module, AttentionBias):
+        heads, head_dim = module.key.shape
+        return AttentionBias(heads // tensor.size, head_dim)
     sums = rule.part is Part.HEADS or (rule.part is Part.TOKENS and sequence)
     if isinstance(module, RMSNorm):
         return SummedNorm(len(module.weight), tensor) if sums else None

@@ -7,7 +7,7 @@ tokens one by one sees part of the gradient there, and sums it.
 
 | part | what a rank holds | gradient |
 |---|---|---|
-| COLUMN | some output features, of each of `parts` fused projections | its own |
+| COLUMN | some output features, of each of `parts` fused projections; some heads' keys | its own |
 | ROW | some input features; the bias whole | its own; bias as TOKENS |
 | MODULATION | some output features of AdaLN, gathered for all blocks at once | its own |
 | HEADS | all, applied to this rank's heads | summed |
@@ -56,6 +56,8 @@ RULES = (
     Rule("blocks.*.attn.qkv", Part.COLUMN, parts=3, on_tokens=True),
     Rule("blocks.*.attn.proj", Part.ROW, on_tokens=True),
     Rule("blocks.*.attn.?_norm", Part.HEADS),
+    Rule("blocks.*.attn.gate", Part.COLUMN, on_tokens=True),
+    Rule("blocks.*.attn.sink", Part.COLUMN),
     Rule("blocks.*.cross.q", Part.COLUMN, on_tokens=True),
     Rule("blocks.*.cross.kv", Part.COLUMN, parts=2),
     Rule("blocks.*.cross.proj", Part.ROW, on_tokens=True),
