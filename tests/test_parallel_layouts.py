@@ -23,29 +23,35 @@ FP32, BF16 = 1e-5, 1e-2
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tp": 2}),
-    (4, {"tp": 4}),
     (2, {"tp": 2, "sp": True}),
-    (4, {"tp": 4, "sp": True}),
     (2, {"pp": 2}),
     (4, {"pp": 4}),
     (2, {"pp": 2, "virtual_stages": 2}),
-    (2, {"pp": 2, "virtual_stages": 3}),
-    (4, {"tp": 2, "pp": 2}),
     (8, {"tp": 2, "pp": 2}),
     (8, {"tp": 2, "sp": True, "pp": 2}),
     (4, {"tp": 2, "sp": True, "pp": 2, "virtual_stages": 2}),
     (2, {"zero": 1}),
     (2, {"zero": 2}),
     (2, {"zero": 3}),
-    (4, {"zero": 1}),
-    (4, {"zero": 2}),
-    (4, {"zero": 3}),
     (4, {"tp": 2, "zero": 3}),
-    (4, {"tp": 2, "sp": True, "zero": 2}),
-    (2, {"zero": 1, "offload": True}),
     (2, {"zero": 2, "offload": True}),
     (2, {"zero": 3, "offload": True}),
 ]
+
+MORE_LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (4, {"tp": 4}),
+    (4, {"tp": 4, "sp": True}),
+    (2, {"pp": 2, "virtual_stages": 3}),
+    (4, {"tp": 2, "pp": 2}),
+    (4, {"zero": 1}),
+    (4, {"zero": 2}),
+    (4, {"zero": 3}),
+    (4, {"tp": 2, "sp": True, "zero": 2}),
+    (2, {"zero": 1, "offload": True}),
+]
+"""Further along one axis, or combinations of what others combine."""
+
+extended = pytest.mark.extended
 
 
 def name(layout: tuple[int, dict[str, Any]]) -> str:
@@ -106,7 +112,11 @@ def test_the_reference_itself_learns_and_averages_apart() -> None:
             assert torch.equal(fast, slow) and not torch.equal(fast, weight), key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, *(pytest.param(layout, marks=extended) for layout in MORE_LAYOUTS)],
+    ids=name,
+)
 def test_fp32(layout: tuple[int, dict[str, Any]]) -> None:
     assert_equal_to_one_process(layout)
 
@@ -122,9 +132,9 @@ BF16_TRAINING = {
     [
         (2, {"tp": 2, "sp": True}),
         (8, {"tp": 2, "pp": 2}),
-        (2, {"pp": 2, "virtual_stages": 2}),
+        pytest.param((2, {"pp": 2, "virtual_stages": 2}), marks=extended),
         (2, {"zero": 1}),
-        (2, {"zero": 2}),
+        pytest.param((2, {"zero": 2}), marks=extended),
         (4, {"tp": 2, "zero": 3}),
         (2, {"zero": 2, "offload": True}),
     ],
@@ -181,7 +191,10 @@ CONDITIONED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", CONDITIONED)
 @pytest.mark.parametrize(
     "layout",
-    [(2, {"tp": 2}), (4, {"tp": 2, "sp": True, "pp": 2})],
+    [
+        pytest.param((2, {"tp": 2}), marks=extended),
+        (4, {"tp": 2, "sp": True, "pp": 2}),
+    ],
     ids=name,
 )
 def test_every_conditioning(kind: str, layout: tuple[int, dict[str, Any]]) -> None:
@@ -196,7 +209,13 @@ def without_recomputation(ranks: int, parallel: str) -> Outcome:
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(
     "layout",
-    [(1, {}), (2, {"tp": 2}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"zero": 3})],
+    [
+        (1, {}),
+        pytest.param((2, {"tp": 2}), marks=extended),
+        (2, {"tp": 2, "sp": True}),
+        (2, {"pp": 2}),
+        (2, {"zero": 3}),
+    ],
     ids=name,
 )
 def test_recomputation_changes_no_number(mode: str, layout: tuple[int, dict[str, Any]]) -> None:

@@ -20,8 +20,10 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.cli import (
     checkpoint,
     encode,
+    evaluate,
     export,
     job,
+    outliers,
     pack,
     plan,
     preflight,
@@ -90,6 +92,8 @@ app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("export")(export.export)
 app.command("sample")(sample.sample)
+app.command("evaluate")(evaluate.evaluate)
+app.command("outliers")(outliers.outliers)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(job.app, name="job")
 app.add_typer(runs.app, name="runs")
