@@ -23,10 +23,13 @@ from dsr_scale.config.encoder_placement import (
     encoder_gpus,
     place,
 )
-from dsr_scale.config.load import load_run
+from dsr_scale.config.load import load_any_run, load_run
+from dsr_scale.config.run import RunConfig
 
 ROOT = Path(dsr_scale.__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if isinstance(load_any_run(path), RunConfig)
+)
 XL = ROOT / "configs" / "published" / "dit_xl.yaml"
 LARGER = ROOT / "configs" / "t2i" / "query_adaln_2_4b.yaml"
 BF16 = ["training.precision=bf16", "encoders.image.dtype=bf16"]

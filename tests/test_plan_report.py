@@ -15,8 +15,10 @@ import dsr_scale
 from dsr_scale.base.errors import InputError
 from dsr_scale.cli.main import app
 from dsr_scale.cli.plan import plan_report
+from dsr_scale.cli.plan_decoder import decoder_report
 from dsr_scale.config.checks import check_run
-from dsr_scale.config.load import load_run
+from dsr_scale.config.decoder import DecoderRun
+from dsr_scale.config.load import load_any_run, load_run
 from dsr_scale.config.presets import with_preset
 
 ROOT = Path(dsr_scale.__file__).parents[1]
@@ -38,9 +40,12 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_every_shipped_file_loads_checks_and_plans(path: Path) -> None:
     devices = devices_of(path)
-    run = load_run(path)
+    run = load_any_run(path)
     check_run(run, devices=devices)
-    report = plan_report(run, devices=devices)
+    if isinstance(run, DecoderRun):
+        report = decoder_report(run, devices=devices)
+    else:
+        report = plan_report(run, devices=devices)
     opening = path.read_text().split("\n\n")[0]
     assert opening.startswith("# "), "a file opens with what it is"
     assert f"dsr-scale train {path.relative_to(ROOT)}" in opening or "make " in opening

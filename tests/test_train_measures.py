@@ -21,8 +21,9 @@ from dsr_scale.telemetry.measures import TimestepLosses, loss_metrics
 from dsr_scale.telemetry.metrics import read_metrics
 from dsr_scale.telemetry.token_norms import NormProbe, TokenNorms, norm_metrics
 from dsr_scale.train.clock import OTHER, StepClock
+from dsr_scale.train.diffusion_measures import rows_gatherer
 from dsr_scale.train.objective import Example, Watched
-from dsr_scale.train.report import plain_line, rows_gatherer, tracker_config
+from dsr_scale.train.report import plain_line, tracker_config
 
 # Tests of many ranks run one after the other: side by side they would only wait for each other.
 pytestmark = pytest.mark.xdist_group("ranks")

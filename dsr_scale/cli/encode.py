@@ -30,10 +30,10 @@ def encode(
     ] = "auto",
 ) -> None:
     """Fill a latent cache for encoder.mode=cache. Interrupted, the same command goes on."""
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
 
     part = parse_share(share)
-    run = load_run(config, [*(overrides or ()), f"data.shards={json.dumps(shards)}"])
+    run = load_any_run(config, [*(overrides or ()), f"data.shards={json.dumps(shards)}"])
 
     from rich.console import Console
     from rich.progress import (

@@ -1,4 +1,7 @@
-"""`dsr-scale export`: a run's checkpoint of any number of ranks → one bundle for one device."""
+"""`dsr-scale export`: a run's checkpoint of any number of ranks → one bundle for one device.
+
+Of a run that trained a decoder it is the folder that `encoders.decoder` of other runs names.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dsr_scale.base.errors import InputError
 
 
 class BundleDtype(StrEnum):
@@ -46,9 +51,17 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Write a bundle that `dsr-scale sample` and diffusers read without the trainer."""
+    """Write a bundle that `dsr-scale sample` and diffusers read without the trainer; of a decoder,
+    the folder that `encoders.decoder.model` names."""
     from rich.console import Console
 
+    from dsr_scale.checkpoint import directory
+
+    if "decoder" in directory.read_run_state(directory.find_checkpoint(run, step))["config"]:
+        if dtype != BundleDtype.fp32 or quantize is not None or copy_encoders:
+            raise _decoder_as_it_is()
+        _export_decoder(run, out, step, weights)
+        return
     from dsr_scale.export.bundle import export_run
 
     description = export_run(
@@ -65,6 +78,28 @@ def export(
     console.print(
         f"step {description.provenance.step} ({description.provenance.weights}, "
         f"{description.precision}) of {description.provenance.run_name} → {out}, "
-        f"{size_bytes / 2**20:.1f} MiB"
+        f"{size_bytes / 2**20:.1f} MiB",
+        markup=False,
     )
-    console.print(f"before publishing it, fill in the licences in {out / 'README.md'}")
+    console.print(
+        f"before publishing it, fill in the licences in {out / 'README.md'}", markup=False
+    )
+
+
+def _export_decoder(run: Path, out: Path, step: int | None, weights: str) -> None:
+    from dsr_scale.train.decoder_export import export_decoder
+
+    written = export_decoder(run, out, step=step, weights=weights)
+    typer.echo(
+        f"step {written.step} ({written.weights}) of {written.run_name} → {out}; use it as "
+        f"encoders.decoder: {{kind: rae, model: {out}}}",
+        err=True,
+    )
+
+
+def _decoder_as_it_is() -> InputError:
+    return InputError(
+        found="--dtype, --quantize or --copy-encoders for a decoder",
+        required="none of them: its folder holds the decoder alone, in float32",
+        remedy="leave them out; the bundle of a diffusion transformer copies decoders",
+    )

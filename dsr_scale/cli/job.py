@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dsr_scale.config.run import RunConfig
+    from dsr_scale.config.run import AnyRun
     from dsr_scale.job.attempt import Attempt
 
 app = typer.Typer(help="Begin and judge attempts of a cluster job.", no_args_is_help=True)
@@ -70,11 +70,11 @@ def begin(
     from datetime import UTC, datetime
 
     from dsr_scale.checkpoint.directory import complete_steps
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.job import policy, record
     from dsr_scale.job.attempt import Attempt, attempt_directory, attempts_of
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     run_directory = Path(run.directory).resolve()
     earlier = attempts_of(run_directory, job_id)
     steps = complete_steps(run_directory)
@@ -116,10 +116,10 @@ def nodes(
 ) -> None:
     """Print the number of nodes to use; with recovery.shrink the most on which the run fits."""
     from dsr_scale.base.errors import InputError
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.job.layouts import nodes_to_use
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     if encoders is not Encoders.external and run.encoder.mode != "service":
         raise InputError(
             found=f"ENCODERS={encoders}, and encoder.mode is {run.encoder.mode}",
@@ -137,11 +137,11 @@ def excluded(
     job_id: Annotated[str, typer.Option("--job-id", help="The job's number.")],
 ) -> None:
     """Print the nodes that attempts of the job have excluded: a,b."""
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.job import policy
     from dsr_scale.job.attempt import attempts_of
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     earlier = policy.history(attempts_of(Path(run.directory).resolve(), job_id))
     typer.echo(",".join(sorted({node for past in earlier for node in past.exclude})))
 
@@ -223,20 +223,20 @@ def end(
     typer.echo(f"REASON={shlex.quote(' '.join(decision.reason.split()))}")
 
 
-def _run_of(config: Path, overrides: list[str], attempt: Path) -> RunConfig:
+def _run_of(config: Path, overrides: list[str], attempt: Path) -> AnyRun:
     """The run as the file has it; as recorded where someone has broken the file in the meantime."""
     from dsr_scale.base.errors import InputError
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.job.record import CONFIG_FILE, RECORD_DIRECTORY
 
     try:
-        return load_run(config, overrides)
+        return load_any_run(config, overrides)
     except InputError:
         recorded = attempt / RECORD_DIRECTORY / CONFIG_FILE
         if not recorded.is_file():
             raise
         typer.echo(f"{config} cannot be read any more; judging by {recorded}", err=True)
-        return load_run(recorded)
+        return load_any_run(recorded)
 
 
 def _attempt_in(directory: Path) -> Attempt:

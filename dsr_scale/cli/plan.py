@@ -43,19 +43,25 @@ def plan(
     import json
 
     from dsr_scale.config.checks import check_run
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.decoder import DecoderRun
+    from dsr_scale.config.load import load_any_run
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     check_run(run, devices=devices)
-    report = plan_report(run, devices=devices)
+    if isinstance(run, DecoderRun):
+        from dsr_scale.cli.plan_decoder import decoder_report, print_decoder_report
+
+        report, show = decoder_report(run, devices=devices), print_decoder_report
+    else:
+        from dsr_scale.cli.plan_tables import print_report
+
+        report, show = plan_report(run, devices=devices), print_report
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         from rich.console import Console
 
-        from dsr_scale.cli.plan_tables import print_report
-
-        print_report(report, Console(highlight=False))
+        show(report, Console(highlight=False))
 
 
 def plan_report(run: RunConfig, *, devices: int) -> dict[str, Any]:
@@ -153,9 +159,10 @@ def _predictions(trainer: TrainerSpeed, devices: int) -> dict[str, float]:
 
 
 def _notes(run: RunConfig, shape: ModelShape) -> list[str]:
+    from dsr_scale.config.evaluation_checks import evaluation_notes
     from dsr_scale.config.layout_report import layout_notes
 
-    notes = layout_notes(run)
+    notes = layout_notes(run) + evaluation_notes(run, shape)
     tokens = shape.channels * shape.patch**2
     widest = max(shape.width, shape.head.width if shape.head else 0)
     if widest < tokens:

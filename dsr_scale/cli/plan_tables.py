@@ -15,19 +15,19 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     from rich.text import Text
 
     console.print(Text(report["name"], style="bold"))
-    _print_config(report["config"], console)
+    print_config(report["config"], console)
     _print_sizes(report, console)
     _print_costs(report, console)
     _print_encoders(report["encoders"], console)
     _print_layout(report, console)
-    _print_batch(report, console)
+    print_batch(report, console)
     for note in report["notes"] + report["encoders"]["assumes"]:
         console.print(Text(f"note: {note}", style="dim"))
 
 
-def _print_config(config: dict[str, Any], console: Console) -> None:
+def print_config(config: dict[str, Any], console: Console) -> None:
     """One row per section, every setting in it as key=value."""
-    table = _table("config", console)
+    table = new_table("config", console)
     rest = {key: value for key, value in config.items() if not isinstance(value, dict)}
     table.add_row("run", _flat(rest))
     for section, values in config.items():
@@ -49,7 +49,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> str:
 def _print_sizes(report: dict[str, Any], console: Console) -> None:
     model, tokens, latent = report["model"], report["tokens"], report["latent"]
     head = model["head"]
-    table = _table("model", console)
+    table = new_table("model", console)
     body = f"width {model['width']}, depth {model['depth']}, heads {model['heads']}"
     if head:
         body += f"; head width {head['width']}, depth {head['depth']}, heads {head['heads']}"
@@ -73,17 +73,17 @@ def _print_sizes(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_costs(report: dict[str, Any], console: Console) -> None:
-    table = _table("cost", console)
+    table = new_table("cost", console)
     flops = report["forward_flops_per_image"]
     parts = ", ".join(
-        f"{part} {_gflops(value)}" for part, value in flops.items() if value and part != "total"
+        f"{part} {gflops(value)}" for part, value in flops.items() if value and part != "total"
     )
     rows = report["tokens"]["longest_sequence"]
     table.add_row(
-        "forward per image", f"{_gflops(flops['total'])} GFLOPs, up to {rows} tokens ({parts})"
+        "forward per image", f"{gflops(flops['total'])} GFLOPs, up to {rows} tokens ({parts})"
     )
     training = report["training_flops_per_image"]
-    table.add_row("training per image", f"{_gflops(training)} GFLOPs (3 × forward)")
+    table.add_row("training per image", f"{gflops(training)} GFLOPs (3 × forward)")
     for gpu, rate in report["predicted_images_per_s"].items():
         table.add_row(
             f"predicted on {report['devices']} × {gpu}",
@@ -95,7 +95,7 @@ def _print_costs(report: dict[str, Any], console: Console) -> None:
 
 def _print_encoders(encoders: dict[str, Any], console: Console) -> None:
     """What they cost and move, and where they are best kept."""
-    table = _table("encoders", console)
+    table = new_table("encoders", console)
     for name in ("image", "text"):
         encoder = encoders[name]
         flops = encoder["forward_flops"]
@@ -103,7 +103,7 @@ def _print_encoders(encoders: dict[str, Any], console: Console) -> None:
         if encoder["model"]:
             cost = f"FLOPs unknown: {encoder['unknown']}"
             if flops is not None:
-                cost = f"{_gflops(flops)} GFLOPs forward"
+                cost = f"{gflops(flops)} GFLOPs forward"
             row = f"{encoder['model']} in {encoder['dtype']}, {cost}"
         table.add_row(f"{name} encoder", row)
     sent = encoders["network_bytes_per_image"]
@@ -163,7 +163,7 @@ def _hours(hours: float) -> str:
 
 
 def _print_layout(report: dict[str, Any], console: Console) -> None:
-    table = _table("layout", console)
+    table = new_table("layout", console)
     layout, pipeline = report["layout"], report["pipeline"]
     ranks = f"{layout['tp']} tensor × {layout['pp']} pipeline × {layout['dp']} data"
     ranks += f" = {report['devices']} ranks, ZeRO-{layout['zero']}"
@@ -185,23 +185,24 @@ def _print_layout(report: dict[str, Any], console: Console) -> None:
     memory = report["memory_bytes_per_gpu"]
     for item, size in memory.items():
         if item != "total":
-            table.add_row(f"memory per GPU: {item}", _gib(size))
+            table.add_row(f"memory per GPU: {item}", gib(size))
     on = f"on each of {report['devices']}"
     if pipeline:
         on = f"on pipeline rank {report['memory_pipeline_rank']}, which needs the most"
-    table.add_row("memory per GPU: all", f"{_gib(memory['total'])} {on}")
+    table.add_row("memory per GPU: all", f"{gib(memory['total'])} {on}")
     if report["host_memory_bytes_per_rank"]:
         table.add_row(
-            "host memory per rank", f"{_gib(report['host_memory_bytes_per_rank'])} of optimizer"
+            "host memory per rank", f"{gib(report['host_memory_bytes_per_rank'])} of optimizer"
         )
     for item, size in report["wire_bytes_per_step"].items():
         if size and item != "total":
-            table.add_row(f"wire per step: {item.replace('_', ' ')}", _gib(size))
+            table.add_row(f"wire per step: {item.replace('_', ' ')}", gib(size))
     console.print(table)
 
 
-def _print_batch(report: dict[str, Any], console: Console) -> None:
-    table = _table("training", console)
+def print_batch(report: dict[str, Any], console: Console) -> None:
+    """Batch arithmetic, steps and epochs."""
+    table = new_table("training", console)
     batch = report["batch"]
     table.add_row(
         "batch",
@@ -218,7 +219,8 @@ def _print_batch(report: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _table(title: str, console: Console) -> Any:
+def new_table(title: str, console: Console) -> Any:
+    """Two columns under a title, as wide as the console."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=False, width=console.width)
@@ -227,9 +229,11 @@ def _table(title: str, console: Console) -> Any:
     return table
 
 
-def _gflops(value: int) -> str:
+def gflops(value: int) -> str:
+    """A number of FLOPs in 10⁹."""
     return f"{value / 1e9:,.1f}" if value >= 1e8 else f"{value / 1e9:.4f}"
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A number of bytes in GiB."""
     return f"{size / 2**30:,.3f} GiB"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dsr_scale.config.run import RunConfig
+    from dsr_scale.config.run import AnyRun
     from dsr_scale.job.node_checks import Needs
     from dsr_scale.job.preflight_verdict import Verdict
 
@@ -54,12 +54,12 @@ def preflight(
 ) -> None:
     """Check all nodes of a job: srun --ntasks-per-node=1 dsr-scale preflight …; alone, this machine."""
     from dsr_scale.base.errors import InputError
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.job.attempt import JOB_VARIABLE
     from dsr_scale.job.node_meeting import node_place
     from dsr_scale.job.preflight import BAD_NODES_STATUS, run_preflight
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     place = node_place()
     needs = needs_of(
         run,
@@ -82,18 +82,14 @@ def preflight(
         conclude(judge(findings, needs), directory)
 
 
-def needs_of(
-    run: RunConfig, *, gpus_per_node: int, require_encoders: bool, colocated: bool
-) -> Needs:
+def needs_of(run: AnyRun, *, gpus_per_node: int, require_encoders: bool, colocated: bool) -> Needs:
     """What `run` asks of every node."""
     from dsr_scale.checkpoint.directory import complete_steps
-    from dsr_scale.config import costs
-    from dsr_scale.config.derive import model_shape
     from dsr_scale.encode_service.registry import registry_directory, servers_in
     from dsr_scale.job.node_checks import Needs
 
     directory = Path(run.directory)
-    parameters = costs.total(costs.parameters(model_shape(run))).stored
+    parameters = _parameters(run)
     # As train counts: fp32 weights, two moments, averages, and one more save than is kept.
     checkpoint_bytes = 4 * (3 + len(run.training.ema_decays)) * parameters
     missing = max(1, run.checkpoint.keep_last + 1 - len(complete_steps(directory)))
@@ -110,6 +106,19 @@ def needs_of(
         uses_encoders=service,
         requires_encoders=require_encoders,
     )
+
+
+def _parameters(run: AnyRun) -> int:
+    """Of the network in training."""
+    from dsr_scale.config import costs, decoder_costs
+    from dsr_scale.config.decoder import DecoderRun, decoder_shape
+    from dsr_scale.config.derive import model_shape
+    from dsr_scale.config.run import RunConfig
+
+    if isinstance(run, DecoderRun):
+        return sum(decoder_costs.parameters(decoder_shape(run)).values())
+    assert isinstance(run, RunConfig)
+    return costs.total(costs.parameters(model_shape(run))).stored
 
 
 def conclude(verdict: Verdict, directory: Path) -> None:

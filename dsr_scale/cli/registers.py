@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dsr_scale.config.encoders import VitImage
-    from dsr_scale.config.run import RunConfig
+    from dsr_scale.config.run import AnyRun
     from dsr_scale.data.plain_images import PlainImages
     from dsr_scale.encoders.patch_norms import LayerNorms
     from dsr_scale.encoders.register_search import SearchResult, SearchSettings
@@ -64,12 +64,12 @@ def registers(
     from dsr_scale.base.atomic_files import require_writable_directory
     from dsr_scale.cli.placement import usable_device
     from dsr_scale.config.encoders import NoTreatment
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.data.plain_images import plain_images
     from dsr_scale.encoders.register_search import SearchSettings
     from dsr_scale.encoders.vit import VitEncoder
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     image = _searchable_encoder(run)
     _require_file(out)
     require_writable_directory(out.parent)
@@ -98,7 +98,7 @@ def registers(
     typer.echo(_config_line(out, image))
 
 
-def _searchable_encoder(run: RunConfig) -> VitImage:
+def _searchable_encoder(run: AnyRun) -> VitImage:
     from dsr_scale.base.errors import InputError
     from dsr_scale.config.encoders import VitImage
 

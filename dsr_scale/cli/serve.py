@@ -18,9 +18,9 @@ def serve(
 
     Prints a line for each server that can be asked. Trainers of the same run directory find it.
     """
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
 
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     from dsr_scale.encode_service.processes import Servers, check_before_start
     from dsr_scale.encode_service.serving import Ready
 

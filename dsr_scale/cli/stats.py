@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dsr_scale.config.encoders import VitImage
-    from dsr_scale.config.run import RunConfig
+    from dsr_scale.config.run import AnyRun
     from dsr_scale.data.plain_images import PlainImages
     from dsr_scale.encoders.statistics import (
         LatentStatistics,
@@ -52,13 +52,13 @@ def stats(
 
     from dsr_scale.base.atomic_files import require_writable_directory
     from dsr_scale.cli.placement import parse_share, usable_device
-    from dsr_scale.config.load import load_run
+    from dsr_scale.config.load import load_any_run
     from dsr_scale.data.plain_images import plain_images
     from dsr_scale.encoders.statistics import StatisticsSource
     from dsr_scale.encoders.whitening import statistics_identity
 
     part = parse_share(share)
-    run = load_run(config, overrides or [])
+    run = load_any_run(config, overrides or [])
     image = _whitened_encoder(run)
     target = _target(image, out)
     require_writable_directory(target.parent)
@@ -75,7 +75,7 @@ def stats(
     _write(target, total, identity, source, console)
 
 
-def _whitened_encoder(run: RunConfig) -> VitImage:
+def _whitened_encoder(run: AnyRun) -> VitImage:
     from dsr_scale.base.errors import InputError
     from dsr_scale.config.encoders import VitImage
 

@@ -24,15 +24,17 @@ def train(
 ) -> None:
     """Train, or go on from the newest checkpoint of the run directory.
 
+    What is trained the file says: a diffusion transformer, or with a section `decoder` a decoder.
+
     Ctrl-C, SIGTERM and SIGUSR1 save and exit with 128 + the signal's number; the same command goes on.
     Other exit statuses: 2 for what a person has to put right, 69 for encoder servers or ranks that
     could not be reached, 75 for a hang, 1 for any other error.
     """
     account = failing.Account()
     with signals.remembered_early(), _failures_recorded(account):
-        from dsr_scale.config.load import load_run
+        from dsr_scale.config.load import load_any_run
 
-        run = load_run(config, overrides or [])
+        run = load_any_run(config, overrides or [])
         from dsr_scale.train.loop import train as train_run
 
         finished = train_run(run, account=account)

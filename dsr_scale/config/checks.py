@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Callable
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.decoder import DecoderRun
+from dsr_scale.config.decoder_checks import DECODER_CHECKS
 from dsr_scale.config.derive import (
     batch_arithmetic,
     latent_channels,
@@ -19,6 +21,7 @@ from dsr_scale.config.derive import (
 )
 from dsr_scale.config.encoder_checks import ENCODER_CHECKS
 from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
+from dsr_scale.config.evaluation_checks import evaluation_problems
 from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.parallel_checks import (
     microbatch_problems,
@@ -28,7 +31,7 @@ from dsr_scale.config.parallel_checks import (
 )
 from dsr_scale.config.presets import with_preset
 from dsr_scale.config.problems import raise_problems
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.config.schema_paths import leaf_paths
 from dsr_scale.config.shape_checks import (
     Problems,
@@ -46,13 +49,20 @@ DATA_FINGERPRINT = "data.fingerprint"
 """What `checkpoint.allow_changed` calls the identity of the data set, which no setting holds."""
 
 
-def check_run(run: RunConfig, *, devices: int = 1) -> None:
+def check_run(run: AnyRun, *, devices: int = 1) -> None:
     """Raise InputError with everything in `run` that does not fit together on `devices` processes."""
     problems: list[InputError] = []
-    for check in _CHECKS:
-        _collect(problems, check(run))
+    if isinstance(run, DecoderRun):
+        for decoder_check in DECODER_CHECKS:
+            _collect(problems, decoder_check(run))
+    elif isinstance(run, RunConfig):
+        for check in _CHECKS:
+            _collect(problems, check(run))
+    for shared_check in _SHARED_CHECKS:
+        _collect(problems, shared_check(run))
     _collect(problems, _batch(run, devices))
-    _collect(problems, microbatch_problems(run, devices))
+    if isinstance(run, RunConfig):
+        _collect(problems, microbatch_problems(run, devices))
     raise_problems(f"the run {run.name}", problems)
 
 
@@ -149,7 +159,7 @@ def _grids(run: RunConfig) -> Problems:
         yield from patch_problems(name, grid, run.model.patch)
 
 
-def _data(run: RunConfig) -> Problems:
+def _data(run: AnyRun) -> Problems:
     if "://" in run.data.shards and run.data.cache_directory is None:
         yield InputError(
             found=f"data.shards = {run.data.shards}, no data.cache_directory",
@@ -166,7 +176,7 @@ def _data(run: RunConfig) -> Problems:
             )
 
 
-def _schedule(run: RunConfig) -> Problems:
+def _schedule(run: AnyRun) -> Problems:
     steps, schedule = run.training.steps, run.training.schedule
     if schedule.warmup_steps > steps:
         yield InputError(
@@ -195,7 +205,7 @@ def _schedule(run: RunConfig) -> Problems:
         )
 
 
-def _checkpoints(run: RunConfig) -> Problems:
+def _checkpoints(run: AnyRun) -> Problems:
     every, keep = run.checkpoint.every_steps, run.checkpoint.keep_every_steps
     if keep is not None and keep % every:
         yield InputError(
@@ -203,7 +213,7 @@ def _checkpoints(run: RunConfig) -> Problems:
             required="steps at which a checkpoint is written",
             remedy=f"set checkpoint.keep_every_steps to a multiple of {every}",
         )
-    known = {DATA_FINGERPRINT, *leaf_paths(RunConfig)}
+    known = {DATA_FINGERPRINT, *leaf_paths(type(run))}
     for name in run.checkpoint.allow_changed:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -266,7 +276,7 @@ def _class_prompts(run: RunConfig) -> Problems:
         )
 
 
-def _averages(run: RunConfig) -> Problems:
+def _averages(run: AnyRun) -> Problems:
     decays = run.training.ema_decays
     if len(set(decays)) < len(decays):
         yield InputError(
@@ -276,7 +286,7 @@ def _averages(run: RunConfig) -> Problems:
         )
 
 
-def _batch(run: RunConfig, devices: int) -> Problems:
+def _batch(run: AnyRun, devices: int) -> Problems:
     """Devices that are no whole replicas, or a global batch that does not divide over these."""
     yield from ()
     batch_arithmetic(run, parallel_layout(run, devices).dp)
@@ -289,13 +299,18 @@ _CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
     _attention,
     _encoders,
     _grids,
+    _sampling,
+    evaluation_problems,
+    tensor_problems,
+    sequence_problems,
+    pipeline_problems,
+)
+"""Of a diffusion transformer."""
+
+_SHARED_CHECKS: tuple[Callable[[AnyRun], Problems], ...] = (
     _data,
     _schedule,
     _averages,
     _checkpoints,
-    _sampling,
-    tensor_problems,
-    sequence_problems,
-    pipeline_problems,
     *ENCODER_CHECKS,
 )

@@ -25,7 +25,7 @@ from dsr_scale.config.model import (
     ModelConfig,
 )
 from dsr_scale.config.presets import with_preset
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.config.section import Section
 
 
@@ -232,7 +232,7 @@ class BatchArithmetic(NamedTuple):
     accumulation_steps: int
 
 
-def batch_arithmetic(run: RunConfig, data_parallel: int) -> BatchArithmetic:
+def batch_arithmetic(run: AnyRun, data_parallel: int) -> BatchArithmetic:
     """Gradient accumulation for `data_parallel` ranks. Raises InputError when it does not divide."""
     global_images = run.training.global_batch_images
     microbatch = run.training.microbatch_images
@@ -271,7 +271,7 @@ class ParallelLayout(NamedTuple):
         return self.tp * self.pp * self.dp
 
 
-def parallel_layout(run: RunConfig, devices: int) -> ParallelLayout:
+def parallel_layout(run: AnyRun, devices: int) -> ParallelLayout:
     """The run's layout on `devices` processes. Raises InputError when they are no whole replicas."""
     tp, pp = run.parallel.tp, run.parallel.pp
     replica = tp * pp

@@ -16,7 +16,7 @@ from dsr_scale.config.encoders import (
     VitImage,
     Zeroing,
 )
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.config.shape_checks import Problems
 
 OTHER_RANKS_WAIT_S = 1800
@@ -27,7 +27,7 @@ LONGEST_WAIT_S = 1500
 """So a rank must have given up by then, with time left to save."""
 
 
-def cache_problems(run: RunConfig) -> Problems:
+def cache_problems(run: AnyRun) -> Problems:
     """What a run needs that reads a latent cache."""
     if run.encoder.mode != "cache":
         return
@@ -40,7 +40,7 @@ def cache_problems(run: RunConfig) -> Problems:
     yield from changing_view_problems(run)
 
 
-def changing_view_problems(run: RunConfig) -> Problems:
+def changing_view_problems(run: AnyRun) -> Problems:
     """A cache holds one view of each image and its mirror image, so the data must ask for no other.
 
     Whatever `encoder.mode` is: a cache is filled with the run file of a run that encodes, too.
@@ -61,7 +61,7 @@ def changing_view_problems(run: RunConfig) -> Problems:
         )
 
 
-def waiting_problems(run: RunConfig) -> Problems:
+def waiting_problems(run: AnyRun) -> Problems:
     """How long a rank may wait for servers while the others wait for it."""
     access = run.encoder
     if access.give_up_after_s >= LONGEST_WAIT_S:
@@ -81,7 +81,7 @@ def waiting_problems(run: RunConfig) -> Problems:
         )
 
 
-def request_problems(run: RunConfig) -> Problems:
+def request_problems(run: AnyRun) -> Problems:
     """A request is a micro-batch, and a server sets memory aside for its decoded pixels."""
     if run.encoder.mode != "service":
         return
@@ -97,7 +97,7 @@ def request_problems(run: RunConfig) -> Problems:
         )
 
 
-def address_problems(run: RunConfig) -> Problems:
+def address_problems(run: AnyRun) -> Problems:
     """`host:port` of servers, and one port for each of them."""
     server = run.encoder.server
     parsed = parse_address(server.listen)
@@ -129,7 +129,7 @@ def address_problems(run: RunConfig) -> Problems:
         )
 
 
-def credential_problems(run: RunConfig) -> Problems:
+def credential_problems(run: AnyRun) -> Problems:
     """Credentials that nothing would use."""
     if run.encoder.plain and run.encoder.credentials is not None:
         yield InputError(
@@ -139,7 +139,7 @@ def credential_problems(run: RunConfig) -> Problems:
         )
 
 
-def treatment_problems(run: RunConfig) -> Problems:
+def treatment_problems(run: AnyRun) -> Problems:
     """Local files that a treatment of outlier tokens reads; shipped ones are found when loaded."""
     image = run.encoders.image
     if not isinstance(image, VitImage):
@@ -167,7 +167,7 @@ def _no_address(name: str, address: str, port: str) -> InputError:
     )
 
 
-ENCODER_CHECKS: tuple[Callable[[RunConfig], Problems], ...] = (
+ENCODER_CHECKS: tuple[Callable[[AnyRun], Problems], ...] = (
     cache_problems,
     waiting_problems,
     request_problems,

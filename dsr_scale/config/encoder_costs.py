@@ -27,7 +27,7 @@ from dsr_scale.config.encoders import (
     VitImage,
 )
 from dsr_scale.config.local_pack import LocalPack
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -48,7 +48,7 @@ class Flops(NamedTuple):
     unknown: str | None = None
 
 
-def image_flops(run: RunConfig) -> Flops:
+def image_flops(run: AnyRun) -> Flops:
     """FLOPs of one square image in the image encoder; 0 where latents are the pixels."""
     image = run.encoders.image
     try:
@@ -64,7 +64,7 @@ def image_flops(run: RunConfig) -> Flops:
         return Flops(None, str(error))
 
 
-def caption_flops(run: RunConfig) -> Flops:
+def caption_flops(run: AnyRun) -> Flops:
     """FLOPs of one caption in the text encoder; 0 for bytes and without captions."""
     text = run.encoders.text
     if not isinstance(text, TransformersText):
@@ -82,7 +82,7 @@ def transformer_flops(sizes: Transformer, tokens: int) -> int:
     return sizes.depth * (2 * tokens * (attention + mlp) + 4 * tokens**2 * sizes.attention)
 
 
-def _vit_flops(run: RunConfig, image: VitImage) -> int:
+def _vit_flops(run: AnyRun, image: VitImage) -> int:
     """Patch embedding and blocks; a test-time register is one more token."""
     sizes = image_transformer(image.model, image.known_as)
     side = run.data.resolution
@@ -136,7 +136,7 @@ class Traffic(NamedTuple):
     """Text tokens at the full length; they travel without padding, so this is the most."""
 
 
-def traffic(run: RunConfig, pack: LocalPack) -> Traffic:
+def traffic(run: AnyRun, pack: LocalPack) -> Traffic:
     """Bytes of one image's request and answer; message headers are left out."""
     caption = ASSUMED_CAPTION_BYTES
     if pack.caption_characters is not None:
@@ -151,7 +151,7 @@ def traffic(run: RunConfig, pack: LocalPack) -> Traffic:
     return Traffic(up, latent_bytes(run), caption_token_bytes(run))
 
 
-def latent_bytes(run: RunConfig) -> int:
+def latent_bytes(run: AnyRun) -> int:
     """Bytes of one square image's latents, in `encoders.latent_dtype`."""
     side = run.data.resolution
     height, width = latent_grid(run.encoders, side, side, side)
@@ -159,7 +159,7 @@ def latent_bytes(run: RunConfig) -> int:
     return elements * DTYPE_BYTES[run.encoders.latent_dtype]
 
 
-def caption_token_bytes(run: RunConfig) -> int:
+def caption_token_bytes(run: AnyRun) -> int:
     """Bytes of one caption's tokens at the full length; 0 without captions."""
     match run.encoders.text:
         case TransformersText() as text:
@@ -181,7 +181,7 @@ class Cache(NamedTuple):
     """None where the number of samples is unknown or the cache impossible."""
 
 
-def cache(run: RunConfig, samples: int | None) -> Cache:
+def cache(run: AnyRun, samples: int | None) -> Cache:
     """Latents of every variant and one caption's tokens of every sample."""
     impossible = None
     if run.data.crop == "random":

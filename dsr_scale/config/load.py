@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.decoder import DecoderRun
 from dsr_scale.config.problems import raise_problems
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.config.schema_paths import SchemaPlace, kinds_at, kinds_with, nearest, resolve
 from dsr_scale.config.yaml_text import parse_yaml, to_yaml
 
@@ -33,9 +34,25 @@ class Layer(NamedTuple):
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the file at `path`, its ancestors and `key=value` overrides describe.
+    """The run of a diffusion transformer that the file at `path`, its ancestors and `key=value`
+    overrides describe.
 
     Raises InputError naming every unknown key and wrong value at once.
+    """
+    run = load_any_run(path, overrides)
+    if not isinstance(run, RunConfig):
+        raise InputError(
+            found=f"{path}, a run that trains a decoder",
+            required="a run that trains a diffusion transformer, with a section model",
+            remedy="give another run file; train, plan, serve and export take both",
+        )
+    return run
+
+
+def load_any_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | DecoderRun:
+    """The run that a file describes: of a decoder if it has a section `decoder`, else of a DiT.
+
+    Raises InputError as `load_run`.
     """
     layers = _file_layers(Path(path))
     if overrides:
@@ -43,7 +60,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values: dict[str, Any] = {}
     for layer in layers:
         values = merge(values, layer.values)
-    return validated(values, layers, source=str(path))
+    kind = DecoderRun if "decoder" in values else RunConfig
+    return _validated(kind, values, layers, source=str(path))
 
 
 def parse_run(text: str, source: str) -> RunConfig:
@@ -52,7 +70,7 @@ def parse_run(text: str, source: str) -> RunConfig:
     return validated(values, [Layer(source, values)], source=source)
 
 
-def dump_run(run: RunConfig) -> str:
+def dump_run(run: AnyRun) -> str:
     """The run as YAML with every field spelled out, but a `model.head` left to the preset;
     `parse_run` gives back an equal run."""
     return to_yaml(run.model_dump(mode="json"))
@@ -102,11 +120,20 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def validated(values: Mapping[str, Any], layers: Sequence[Layer], source: str) -> RunConfig:
     """`values` as a RunConfig. Raises InputError with every problem, each with its layer."""
+    return _validated(RunConfig, values, layers, source)
+
+
+_Kind = TypeVar("_Kind", bound=AnyRun)
+
+
+def _validated(
+    kind: type[_Kind], values: Mapping[str, Any], layers: Sequence[Layer], source: str
+) -> _Kind:
     try:
         # Through JSON, pydantic's strict mode takes lists for tuples but no "10" for 10.
-        return RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
+        return kind.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise_problems(source, _problems(error.errors(), layers))
+        raise_problems(source, _problems(kind, error.errors(), layers))
         raise
 
 
@@ -172,23 +199,28 @@ def _mapping(value: Any, source: str) -> dict[str, Any]:
     return value
 
 
-def _problems(errors: Sequence[ErrorDetails], layers: Sequence[Layer]) -> list[InputError]:
+def _problems(
+    root: type[AnyRun], errors: Sequence[ErrorDetails], layers: Sequence[Layer]
+) -> list[InputError]:
     """One InputError per path; the alternatives of a plain union are joined."""
     by_path: dict[str, tuple[SchemaPlace, list[ErrorDetails]]] = {}
     for error in errors:
-        place = resolve(RunConfig, error["loc"])
+        place = resolve(root, error["loc"])
         by_path.setdefault(place.path, (place, []))[1].append(error)
-    return [_problem(place, group, layers) for place, group in by_path.values()]
+    return [_problem(root, place, group, layers) for place, group in by_path.values()]
 
 
 def _problem(
-    place: SchemaPlace, group: Sequence[ErrorDetails], layers: Sequence[Layer]
+    root: type[AnyRun],
+    place: SchemaPlace,
+    group: Sequence[ErrorDetails],
+    layers: Sequence[Layer],
 ) -> InputError:
     path, first = place.path, group[0]
     origin = _origin(path, layers)
     match first["type"]:
         case "extra_forbidden":
-            return _unknown_key(place, origin)
+            return _unknown_key(root, place, origin)
         case "missing" if path.endswith("]"):
             return InputError(
                 found=f"{path.partition('[')[0]} with too few values{origin}",
@@ -208,7 +240,7 @@ def _problem(
                 found=f"{path} without a kind{origin}"
                 if given is _ABSENT
                 else f"{path}.kind = {json.dumps(given)}{_origin(f'{path}.kind', layers)}",
-                required=f"{path}.kind, one of {', '.join(kinds_at(RunConfig, path))}",
+                required=f"{path}.kind, one of {', '.join(kinds_at(root, path))}",
                 remedy=f"set {path}.kind to one of these",
             )
     value = first["input"]
@@ -248,11 +280,11 @@ def _requirement(message: str, kind: str) -> str:
     return plain.get(kind, text if text != message else text[:1].lower() + text[1:])
 
 
-def _unknown_key(place: SchemaPlace, origin: str) -> InputError:
+def _unknown_key(root: type[AnyRun], place: SchemaPlace, origin: str) -> InputError:
     assert place.section is not None, "only a section forbids keys"
     prefix = place.path.rpartition(".")[0]
-    other_kinds = kinds_with(RunConfig, place.path)
-    close = nearest(RunConfig, place.path, place.section)
+    other_kinds = kinds_with(root, place.path)
+    close = nearest(root, place.path, place.section)
     if other_kinds:
         remedy = f"remove it, or set {prefix}.kind to {' or '.join(other_kinds)}, which has it"
     else:

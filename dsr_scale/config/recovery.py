@@ -17,7 +17,7 @@ class RecoveryConfig(Section):
     """No step counts as hung before that long. A bucket's first step compiles anew and takes minutes."""
     start_timeout_s: float = Field(default=1800.0, gt=0)
     """The same for everything that is no ordinary step: loading, the first steps with their
-    compilation, checkpoints, sample grids."""
+    compilation, checkpoints, sample grids, each batch of an evaluation."""
     most_failures: int = Field(default=10, ge=0)
     """A job is not started again after this many failures without a new checkpoint between them."""
     shrink: bool = False

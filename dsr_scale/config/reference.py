@@ -15,7 +15,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.decoder import DecoderRun
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.config.schema_paths import sections_in, tag_of
 from dsr_scale.config.section import Section
 
@@ -23,8 +24,20 @@ _SIGNS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<")
 
 
 def reference() -> str:
-    """Markdown: a heading for each section, a table row for each field."""
-    return "\n".join(_section(RunConfig, "")).rstrip() + "\n"
+    """Markdown: a heading for each section, a table row for each field; then what decoders add."""
+    return "\n".join([*_section(RunConfig, ""), *_decoder_sections()]).rstrip() + "\n"
+
+
+def _decoder_sections() -> Iterator[str]:
+    """Sections that runs of decoders have in place of those of a transformer."""
+    yield "### A run that trains a decoder"
+    yield ""
+    yield "Has `decoder` where the others have `model`, `diffusion` and `grid`, and its own `evaluation`."
+    yield ""
+    for name, field in DecoderRun.model_fields.items():
+        if name not in AnyRun.model_fields:
+            for section in sections_in(field.annotation):
+                yield from _section(section, name)
 
 
 def _section(section: type[Section], path: str) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""A whole run: what one YAML file describes."""
+"""A whole run: what one YAML file describes.
+
+Of a diffusion transformer here; of a decoder in `decoder.py`. Data, encoders and training are the same.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dsr_scale.config.data import DataConfig
 from dsr_scale.config.diffusion import DiffusionConfig
 from dsr_scale.config.encoder_access import EncoderAccess
 from dsr_scale.config.encoders import EncodersConfig
+from dsr_scale.config.evaluation import EvaluationConfig
 from dsr_scale.config.model import ModelConfig
 from dsr_scale.config.parallel import ParallelConfig
 from dsr_scale.config.recovery import RecoveryConfig
@@ -20,8 +24,8 @@ from dsr_scale.config.training import (
 )
 
 
-class RunConfig(Section):
-    """Every setting of a training run. `directory` holds all it writes."""
+class AnyRun(Section):
+    """What every run has, whatever it trains. `directory` holds all it writes."""
 
     name: str
     """Shown in logs, and the run's name in wandb."""
@@ -32,11 +36,17 @@ class RunConfig(Section):
     data: DataConfig
     encoders: EncodersConfig = EncodersConfig()
     encoder: EncoderAccess = EncoderAccess()
-    model: ModelConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
-    grid: GridConfig = GridConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+
+class RunConfig(AnyRun):
+    """Every setting of a run that trains a diffusion transformer."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    grid: GridConfig = GridConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

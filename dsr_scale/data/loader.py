@@ -43,7 +43,7 @@ class Batch:
     """One micro-batch of B samples; every row agrees on its position in all fields."""
 
     images: torch.Tensor | None
-    """uint8 [B, 3, H, W], RGB; None where the workers have them encoded."""
+    """uint8 [B, 3, H, W], RGB; None where the workers have them encoded and nobody wants both."""
     encoded: Encoded | None
     """Latents and tokens in their place."""
     captions: tuple[str, ...]
@@ -93,12 +93,15 @@ class BatchStream:
         world_size: int,
         num_classes: int | None = None,
         encoder: RowEncoder | None = None,
+        keep_images: bool = False,
         start_method: Literal["fork", "spawn"] = "fork",
     ) -> None:
         """`rank` and `world_size` count model replicas; raises `InputError` for uneven batches.
 
         Batches carry labels if there are `num_classes`; None is for data without classes. With an
         `encoder` they carry latents and tokens instead of images; what it uses may want "spawn".
+        `keep_images` is for decoders, which learn images from latents: batches carry both, and a
+        sample needs no caption.
         """
         assert 0 <= rank < world_size
         if config.workers:
@@ -123,7 +126,9 @@ class BatchStream:
         rank_images = global_batch_images // world_size
         self._rows = range(rank * rank_images, (rank + 1) * rank_images, microbatch_images)
         self._microbatch = microbatch_images
-        self._decoder = _Decoder(samples, config, seed, num_classes, encoder)
+        self._decoder = _Decoder(
+            samples, config, seed, num_classes, encoder, keep_images=keep_images
+        )
         self._config = config
         self._encodes = encoder is not None
         self._start_method = start_method
@@ -208,6 +213,7 @@ def _unchanged(batch: Any) -> Any:
 
 class _Slot(NamedTuple):
     row: Row
+    pixels: np.ndarray | None
     label: int
     null: bool
     key: str
@@ -227,6 +233,8 @@ class _Decoder(Dataset[Batch | InputError]):
         seed: int,
         num_classes: int | None,
         encoder: RowEncoder | None,
+        *,
+        keep_images: bool,
     ) -> None:
         self._samples = samples
         self._config = config
@@ -234,6 +242,8 @@ class _Decoder(Dataset[Batch | InputError]):
         self._num_classes = num_classes
         self._encoder = encoder
         self._sends_files = encoder is not None and not encoder.wants_pixels
+        self._keeps_images = keep_images or encoder is None
+        self._needs_caption = num_classes is None and not keep_images
 
     def __getitem__(self, request: Request) -> Batch | InputError:
         try:
@@ -246,11 +256,12 @@ class _Decoder(Dataset[Batch | InputError]):
         undecodable: dict[int, str] = {}
         filled = [self._fill(*pair, request.target, undecodable) for pair in pairs]
         images = encoded = None
-        if self._encoder is None:
-            images = torch.from_numpy(np.stack([slot.row.image for slot, _ in filled]))
-        else:
+        if self._encoder is not None:
             encoded = self._encode(self._encoder, pairs, filled, request.target, undecodable)
         slots = [slot for slot, _ in filled]
+        if self._keeps_images:
+            pixels = [slot.pixels for slot in slots if slot.pixels is not None]
+            images = torch.from_numpy(np.stack(pixels))
         labels = None
         if self._num_classes is not None:
             labels = torch.tensor([slot.label for slot in slots])
@@ -321,20 +332,22 @@ class _Decoder(Dataset[Batch | InputError]):
         caption, label = "", -1
         if sample.captions:
             caption = choose_caption(sample.captions, config.caption_choice, **identity)
-        elif self._num_classes is None:
+        elif self._needs_caption:
             raise UnusableRecord(sample.key, "no caption")
         if self._num_classes is not None:
             label = _label(sample, config.label_field, self._num_classes)
         view = choose_view(config.crop, config.horizontal_flip, **identity)
-        image: bytes | np.ndarray = sample.image
-        if not self._sends_files:
+        pixels = None
+        if self._keeps_images or not self._sends_files:
             try:
                 decoded = decode_rgb(sample.image, config.background, target)
             except UnreadableImage as error:
                 raise UnusableRecord(sample.key, str(error)) from error
-            image = cover_and_crop(decoded, target, view)
+            pixels = cover_and_crop(decoded, target, view)
+        image = sample.image if pixels is None or self._sends_files else pixels
         null = drop_condition(config.condition_dropout, **identity)
-        return _Slot(Row(sample_id, image, view, caption), label, null, sample.key)
+        row = Row(sample_id, image, view, caption)
+        return _Slot(row, pixels, label, null, sample.key)
 
 
 _Filled = tuple[_Slot, list[CorruptImage]]

@@ -8,7 +8,7 @@ import torch
 
 from dsr_scale.config.derive import latent_channels, latent_grid
 from dsr_scale.config.encoders import BytesText, TransformersText
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.encoders.loading import TORCH_DTYPES
 
 _HEADER_BYTES = 1 << 20
@@ -47,7 +47,7 @@ class Expected:
         return _HEADER_BYTES + rows * row
 
 
-def expected_answer(run: RunConfig, target: tuple[int, int]) -> Expected:
+def expected_answer(run: AnyRun, target: tuple[int, int]) -> Expected:
     """For images at `target` (height, width). Raises InputError for sides that the encoder cannot take."""
     encoders, text = run.encoders, run.encoders.text
     tokens = None

@@ -20,7 +20,7 @@ from dsr_scale.base.errors import InputError
 from dsr_scale.config.encoder_checks import cache_problems
 from dsr_scale.config.encoders import BytesText
 from dsr_scale.config.problems import raise_problems
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.encoded import Encoded, Row
 from dsr_scale.data.loader import open_samples
 from dsr_scale.data.samples import Caption, Sample, UnusableRecord
@@ -44,7 +44,7 @@ from dsr_scale.encoders.text_bytes import PADDING_ID
 _STORED_DTYPES = {**TORCH_DTYPES, "int16": torch.int16}
 
 
-def open_cache(run: RunConfig) -> tuple[CachedSamples, CachedEncoder]:
+def open_cache(run: AnyRun) -> tuple[CachedSamples, CachedEncoder]:
     """The samples and the encoder of the cache that `run.encoder.cache` names.
 
     Raises InputError for an unfinished or damaged cache, and for one of other data or encoders,

@@ -28,7 +28,7 @@ from dsr_scale.base.atomic_files import write_json
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.derive import latent_channels, latent_grid
 from dsr_scale.config.encoders import BytesText, TransformersText
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.samples import Samples
 from dsr_scale.encode_service.contract import Contract
 
@@ -112,7 +112,7 @@ class CacheManifest:
         return found
 
 
-def planned_manifest(run: RunConfig, samples: Samples, contract: Contract) -> CacheManifest:
+def planned_manifest(run: AnyRun, samples: Samples, contract: Contract) -> CacheManifest:
     """What a cache of `samples` for `run` holds. Raises InputError when sizes do not divide."""
     side, text = run.data.resolution, run.encoders.text
     token_shape: tuple[int, ...] | None = None

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from torch.utils.data import get_worker_info
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.encoded import Encoded, Row
 from dsr_scale.encode_service import wire
 from dsr_scale.encode_service.answers import expected_answer
@@ -81,7 +81,7 @@ class _Server:
 class ServiceClient:
     """Encodes rows by asking servers. Pickled to data workers, which connect by themselves."""
 
-    run: RunConfig
+    run: AnyRun
     contract: Contract | None = None
     """What servers must fulfil to the letter; None until `agree` was asked."""
     speaks: bool = True

@@ -28,7 +28,7 @@ from dsr_scale.config.encoders import (
     VaeImage,
     VitImage,
 )
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.encode_service.wire import PROTOCOL
 from dsr_scale.encoders.contract import ImageEncoder, TextEncoder
 from dsr_scale.encoders.locate import is_place
@@ -71,7 +71,7 @@ class Contract:
         return cls(values)
 
 
-def expected(run: RunConfig) -> Contract:
+def expected(run: AnyRun) -> Contract:
     """What the run file alone says. Raises InputError when a file that it names cannot be read."""
     image, text = run.encoders.image, run.encoders.text
     values = {
@@ -94,7 +94,7 @@ def expected(run: RunConfig) -> Contract:
 
 
 def served(
-    run: RunConfig, image: ImageEncoder, text: TextEncoder | None, device: torch.device
+    run: AnyRun, image: ImageEncoder, text: TextEncoder | None, device: torch.device
 ) -> Contract:
     """What loaded encoders fulfil: the run file's contract, what they read, and the kind of device.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.encode_service import wire
 from dsr_scale.encode_service.addresses import is_loopback, split_address
 
@@ -54,7 +54,7 @@ class Credentials:
         return len(given) == 1 and hmac.compare_digest(_as_bytes(given[0]), wanted)
 
 
-def credentials_directory(run: RunConfig) -> Path:
+def credentials_directory(run: AnyRun) -> Path:
     """Where the token and the certificate of `run` are."""
     chosen = run.encoder.credentials
     if chosen is None:
@@ -62,7 +62,7 @@ def credentials_directory(run: RunConfig) -> Path:
     return Path(chosen).expanduser()
 
 
-def is_guarded(host: str, run: RunConfig) -> bool:
+def is_guarded(host: str, run: AnyRun) -> bool:
     """Whether a server at `host` wants TLS and the token."""
     return not run.encoder.plain and not is_loopback(host)
 
@@ -115,7 +115,7 @@ def channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(root_certificates=credentials.authority)
 
 
-def open_channel(address: str, run: RunConfig) -> grpc.Channel:
+def open_channel(address: str, run: AnyRun) -> grpc.Channel:
     """A connection to a server, guarded unless it is on loopback or `encoder.plain`.
 
     Raises InputError for an address that is none, or when the credentials are missing.
@@ -143,7 +143,7 @@ def open_channel(address: str, run: RunConfig) -> grpc.Channel:
     return grpc.secure_channel(address, credentials, options=options)
 
 
-def call_metadata(address: str, run: RunConfig) -> tuple[tuple[str, str], ...]:
+def call_metadata(address: str, run: AnyRun) -> tuple[tuple[str, str], ...]:
     """What every call to `address` carries: the token, and nothing where it would go in clear text.
 
     Raises InputError for an address that is none, or when the credentials are missing.

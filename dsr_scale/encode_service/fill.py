@@ -25,7 +25,7 @@ from dsr_scale.base.atomic_files import require_writable_directory, storage_erro
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.encoder_checks import changing_view_problems
 from dsr_scale.config.problems import raise_problems
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.file_locks import locked
 from dsr_scale.data.loader import open_samples
 from dsr_scale.data.manifest import write_sizes
@@ -85,7 +85,7 @@ class FillReport:
 
 
 def fill(
-    run: RunConfig,
+    run: AnyRun,
     out: Path,
     *,
     device: torch.device,
@@ -129,7 +129,7 @@ class _Pipeline:
 
     def __init__(
         self,
-        run: RunConfig,
+        run: AnyRun,
         out: Path,
         samples: Samples,
         encoders: LocalEncoders,

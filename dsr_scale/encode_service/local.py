@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.encoded import Encoded
 from dsr_scale.encode_service.contract import Contract, served
 from dsr_scale.encoders.contract import (
@@ -24,7 +24,7 @@ from dsr_scale.encoders.contract import (
 class LocalEncoders:
     """Both encoders, and what they promise."""
 
-    run: RunConfig
+    run: AnyRun
     device: torch.device
     image: ImageEncoder
     text: TextEncoder | None
@@ -49,7 +49,7 @@ class LocalEncoders:
         return Encoded(latents, text.tokens.cpu(), text.mask.cpu())
 
 
-def build_local(run: RunConfig, device: torch.device) -> LocalEncoders:
+def build_local(run: AnyRun, device: torch.device) -> LocalEncoders:
     """Loads the encoders that `run` names. Raises InputError as they do."""
     image = build_image_encoder(run.encoders.image, resolution=run.data.resolution, device=device)
     text = build_text_encoder(run.encoders.text, device=device)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.encoded import EncodersLost
 from dsr_scale.encode_service.registry import registry_directory
 
@@ -20,7 +20,7 @@ BUSY_PAUSE_S = 0.02
 class Patience:
     """Of one request: `encoder.give_up_after_s` from its start, whatever the reason."""
 
-    def __init__(self, run: RunConfig, *, speaks: bool) -> None:
+    def __init__(self, run: AnyRun, *, speaks: bool) -> None:
         self._run = run
         self._speaks = speaks
         self._since_s = time.monotonic()

@@ -22,7 +22,7 @@ import torch
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.encode_service.addresses import is_loopback, join_address, split_address
 from dsr_scale.encode_service.contract import expected
 from dsr_scale.encode_service.credentials import (
@@ -57,7 +57,7 @@ class _Place:
     """When to start a process where there is none; None for never."""
 
 
-def check_before_start(run: RunConfig) -> list[torch.device]:
+def check_before_start(run: AnyRun) -> list[torch.device]:
     """The devices to serve on. Raises InputError for what can be known before encoders are loaded."""
     settings = run.encoder.server
     host, _ = split_address(settings.listen)
@@ -90,7 +90,7 @@ class Servers:
 
     def __init__(
         self,
-        run: RunConfig,
+        run: AnyRun,
         devices: Sequence[torch.device],
         *,
         ready: Callable[[Ready], None],
@@ -213,12 +213,12 @@ class Servers:
 
 
 def _serve(
-    run: RunConfig, device: torch.device, listen: str, messages: Connection, metrics_port: int
+    run: AnyRun, device: torch.device, listen: str, messages: Connection, metrics_port: int
 ) -> None:
     run_server(run, device, listen, messages.send, metrics_port)
 
 
-def _devices(run: RunConfig) -> list[torch.device]:
+def _devices(run: AnyRun) -> list[torch.device]:
     wanted, available = run.encoder.server.devices, torch.cuda.device_count()
     if run.training.device == "cpu" or (run.training.device == "auto" and available == 0):
         return [torch.device("cpu")] * (wanted or 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.encode_service.addresses import is_loopback, split_address
 
 _PROBE_S = 0.5
@@ -39,7 +39,7 @@ class Entry:
     """When the process started, as the kernel counts: tells a process from a later one of its number."""
 
 
-def registry_directory(run: RunConfig) -> Path:
+def registry_directory(run: AnyRun) -> Path:
     """Where the servers of `run` announce themselves."""
     chosen = run.encoder.registry
     return Path(run.directory) / "encoder_servers" if chosen is None else Path(chosen).expanduser()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.data.encoded import Encoded
 from dsr_scale.encode_service import wire
 from dsr_scale.encode_service.batching import AnswerSize, DeviceThread, Job
@@ -79,7 +79,7 @@ class EncoderServicer:
     """The methods of `wire.SERVICE`."""
 
     def __init__(
-        self, run: RunConfig, credentials: Credentials | None, metrics: ServerMetrics
+        self, run: AnyRun, credentials: Credentials | None, metrics: ServerMetrics
     ) -> None:
         """Refuses calls until `loaded` is set; `credentials` None lets everyone in."""
         settings = run.encoder.server

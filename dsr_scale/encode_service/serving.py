@@ -26,7 +26,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.encode_service import wire
 from dsr_scale.encode_service.addresses import join_address, reachable_host, split_address
 from dsr_scale.encode_service.batching import DeviceThread
@@ -104,7 +104,7 @@ class Stop:
 
 
 def run_server(
-    run: RunConfig,
+    run: AnyRun,
     device: torch.device,
     listen: str,
     tell: Callable[[Ready | InputError], Any],
@@ -139,7 +139,7 @@ def run_server(
 
 
 async def serve(
-    run: RunConfig,
+    run: AnyRun,
     device: torch.device,
     listen: str,
     ready: Callable[[Ready], Any],
@@ -182,7 +182,7 @@ async def serve(
 
 
 async def _loaded(
-    run: RunConfig, device: torch.device, metrics: ServerMetrics, stop: Stop
+    run: AnyRun, device: torch.device, metrics: ServerMetrics, stop: Stop
 ) -> Loaded | None:
     """Encoders that have encoded an image; None when the server is to stop before."""
     # Not asyncio's own pool, which would be waited for at the end.
@@ -195,7 +195,7 @@ async def _loaded(
     return loading.result() if loading.done() else None
 
 
-def _load(run: RunConfig, device: torch.device, metrics: ServerMetrics, stop: Stop) -> Loaded:
+def _load(run: AnyRun, device: torch.device, metrics: ServerMetrics, stop: Stop) -> Loaded:
     settings = run.encoder.server
 
     def broken(error: Exception) -> None:

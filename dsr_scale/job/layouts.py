@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.checks import check_run
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 
 
-def valid_nodes(run: RunConfig, most: int, devices_per_node: int) -> list[int]:
+def valid_nodes(run: AnyRun, most: int, devices_per_node: int) -> list[int]:
     """Numbers of nodes up to `most`, ascending, on which `run` fits together."""
     return [nodes for nodes in range(1, most + 1) if _fits(run, nodes * devices_per_node)]
 
 
-def nodes_to_use(run: RunConfig, available: int, devices_per_node: int) -> int:
+def nodes_to_use(run: AnyRun, available: int, devices_per_node: int) -> int:
     """`available` where the run fits on so many nodes; with `recovery.shrink` the most that do.
 
     Raises InputError that names numbers of nodes which fit, or, where none does, what is wrong.
@@ -43,7 +43,7 @@ def nodes_to_use(run: RunConfig, available: int, devices_per_node: int) -> int:
     )
 
 
-def _fits(run: RunConfig, devices: int) -> bool:
+def _fits(run: AnyRun, devices: int) -> bool:
     try:
         check_run(run, devices=devices)
     except InputError:

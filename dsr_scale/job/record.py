@@ -17,7 +17,7 @@ from typing import Any
 
 from dsr_scale.base import atomic_files
 from dsr_scale.config.load import dump_run
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.config.yaml_text import parse_yaml
 
 RECORD_DIRECTORY = "record"
@@ -38,7 +38,7 @@ _SHOWN_SETTINGS = 6
 
 def write_record(
     attempt: Path,
-    run: RunConfig,
+    run: AnyRun,
     *,
     source: Path,
     environment: Mapping[str, str],

@@ -16,6 +16,7 @@ _NEVER_DECAY = (
     "null_token",
     "embedding_table",
     "byte_table",
+    "cls_token",
     "sink",
 )
 

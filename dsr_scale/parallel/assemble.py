@@ -14,7 +14,7 @@ A rank draws the tensors of its own stage only, each whole and one at a time, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -33,11 +33,13 @@ from dsr_scale.parallel.pipeline import ON_EVERY_STAGE, Pipeline, keep_blocks
 from dsr_scale.parallel.recompute import recompute_blocks
 from dsr_scale.parallel.tensor_plan import TensorPlan
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class LocalModel(NamedTuple):
+
+class LocalModel(NamedTuple, Generic[Network]):
     """What a rank holds of the network."""
 
-    network: DiT
+    network: Network
     splits: dict[str, Split | None]
     """Parameter name → where this rank's tensor lies in the whole one; None is all of it."""
     owned: frozenset[str]
@@ -55,7 +57,7 @@ def assemble(
     ranks: Ranks,
     parallel: ParallelConfig,
     training: TrainingConfig,
-) -> LocalModel:
+) -> LocalModel[DiT]:
     """Builds this rank's part in float32 on the CPU. Raises InputError for sizes that do not fit."""
     check_shape(shape)
     whole = build_on_meta(shape)
@@ -140,7 +142,9 @@ def _owned(network: DiT, splits: dict[str, Split | None], ranks: Ranks) -> froze
     return frozenset(owned)
 
 
-def make_pipeline(local: LocalModel, ranks: Ranks, parallel: ParallelConfig) -> Pipeline | None:
+def make_pipeline(
+    local: LocalModel[DiT], ranks: Ranks, parallel: ParallelConfig
+) -> Pipeline | None:
     """The schedule over this rank's stages; None without pipeline ranks."""
     if ranks.pipeline.size == 1:
         return None
@@ -153,7 +157,7 @@ def make_pipeline(local: LocalModel, ranks: Ranks, parallel: ParallelConfig) -> 
     )
 
 
-def parameter_groups(network: DiT) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def parameter_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters that decay and those that do not."""
     decay, spared = decay_groups(network)
     return [p for _, p in decay], [p for _, p in spared]

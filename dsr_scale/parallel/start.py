@@ -18,7 +18,7 @@ import torch.distributed as dist
 from dsr_scale.config.parallel import ParallelConfig
 from dsr_scale.config.training import TrainingConfig, ema_name
 from dsr_scale.parallel import fragments
-from dsr_scale.parallel.assemble import LocalModel, parameter_groups
+from dsr_scale.parallel.assemble import LocalModel, Network, parameter_groups
 from dsr_scale.parallel.groups import Axis, Ranks
 from dsr_scale.parallel.guard import GuardedAdamW, StepGuard
 from dsr_scale.parallel.pipeline import Pipeline
@@ -33,14 +33,14 @@ still there and not gathered again."""
 
 
 def start_zero(
-    local: LocalModel,
+    local: LocalModel[Network],
     pipeline: Pipeline | None,
     training: TrainingConfig,
     parallel: ParallelConfig,
     *,
     ranks: Ranks,
     accumulation_steps: int,
-) -> ZeroEngine:
+) -> ZeroEngine[Network]:
     """The engine over this rank's part; equal parts must hold equal weights on every replica."""
     import deepspeed
 

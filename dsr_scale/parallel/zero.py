@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from dsr_scale.base.boxes import Piece
 from dsr_scale.config.training import ema_name
-from dsr_scale.model.dit import DiT
 from dsr_scale.parallel import ema, fragments
-from dsr_scale.parallel.assemble import LocalModel
+from dsr_scale.parallel.assemble import LocalModel, Network
 from dsr_scale.parallel.groups import Ranks
 from dsr_scale.parallel.guard import GuardedAdamW, StepGuard
 from dsr_scale.parallel.pipeline import MicroBatch, Pipeline, Probes
@@ -30,14 +29,14 @@ Section = Callable[[str], AbstractContextManager[object]]
 """Opens a named stretch of a step, to be timed."""
 
 
-class ZeroEngine:
+class ZeroEngine(Generic[Network]):
     """One replica's part in training. All ranks call every method together."""
 
     def __init__(
         self,
         engine: Any,
         optimizer: GuardedAdamW,
-        local: LocalModel,
+        local: LocalModel[Network],
         pipeline: Pipeline | None,
         guard: StepGuard,
         *,
@@ -57,7 +56,7 @@ class ZeroEngine:
         self.guard = guard
 
     @property
-    def network(self) -> DiT:
+    def network(self) -> Network:
         """This rank's part of the network, in the training precision."""
         return self._local.network
 
@@ -99,7 +98,7 @@ class ZeroEngine:
                 with section("forward"):
                     share = self._loss(micro_batch, probes) / len(micro_batches)
                 with section("backward"):
-                    self._engine.backward(share, scale_wrt_gas=False)
+                    self.backward(share)
                 loss = loss + share.detach()
         if self._ranks.world_size > 1:
             # Tensor ranks know the same loss, pipeline ranks but the last know none.
@@ -109,8 +108,16 @@ class ZeroEngine:
     def _loss(self, micro_batch: MicroBatch, probes: Probes | None) -> Tensor:
         latents, timesteps = micro_batch.inputs()
         probe = None if probes is None else probes(timesteps)
-        output = self._engine(latents, timesteps, micro_batch.condition, probe=probe)
+        output = self.forward(latents, timesteps, micro_batch.condition, probe=probe)
         return micro_batch.loss(output)
+
+    def forward(self, *inputs: Any, **settings: Any) -> Any:
+        """The network's output, for whoever makes the loss of a micro-batch elsewhere."""
+        return self._engine(*inputs, **settings)
+
+    def backward(self, share: Tensor) -> None:
+        """Adds the gradients of a micro-batch's share of the mean loss to those of the step."""
+        self._engine.backward(share, scale_wrt_gas=False)
 
     def step(self, loss: Tensor, *, step: int, learning_rate: float) -> Tensor:
         """Clips, updates weights and averages; `step` counts from 0.

@@ -7,15 +7,19 @@ ZeRO. What a person got wrong is found before the expensive part, on every rank 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
 from dsr_scale.checkpoint.directory import complete_steps
+from dsr_scale.config import costs, decoder_costs
 from dsr_scale.config.checks import check_run
+from dsr_scale.config.decoder import DecoderRun, decoder_shape
 from dsr_scale.config.derive import (
     BatchArithmetic,
     ModelShape,
@@ -24,16 +28,20 @@ from dsr_scale.config.derive import (
     timestep_shift,
 )
 from dsr_scale.config.model import ClassConditioning
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.data.loader import BatchStream, Samples
 from dsr_scale.model.build import build_on_meta
+from dsr_scale.model.dit import DiT
 from dsr_scale.model.layers import require_flash
+from dsr_scale.parallel import fragments
 from dsr_scale.parallel.assemble import assemble, make_pipeline
 from dsr_scale.parallel.groups import Ranks
+from dsr_scale.parallel.pipeline import Probes
 from dsr_scale.parallel.start import start_zero
-from dsr_scale.parallel.zero import ZeroEngine
+from dsr_scale.parallel.zero import Section, ZeroEngine
+from dsr_scale.train.diffusion_measures import DiffusionMeasures
 from dsr_scale.train.feed import Feed
-from dsr_scale.train.objective import FlowMatching
+from dsr_scale.train.objective import Example, FlowMatching
 from dsr_scale.train.sources import Source, open_source
 
 
@@ -48,20 +56,46 @@ class Training:
     batches: BatchArithmetic
     samples: Samples
     feed: Feed
-    engine: ZeroEngine
+    engine: ZeroEngine[DiT]
+    measures: DiffusionMeasures
+
+    @property
+    def training_flops(self) -> int:
+        """Of one image."""
+        return costs.training_flops(self.shape)
+
+    def forward_backward(
+        self, examples: Sequence[Example], *, step: int, section: Section, probes: Probes | None
+    ) -> Tensor:
+        """Gradients of a step; its mean loss over all replicas. Nothing depends on the step number."""
+        return self.engine.forward_backward(examples, section=section, probes=probes)
+
+    def checkpoint_shapes(self) -> dict[str, torch.Size]:
+        """Name and global shape of everything that a checkpoint of this run holds."""
+        whole = build_on_meta(self.shape)
+        shapes = {
+            f"{kind}.{name}": parameter.shape
+            for kind in self.engine.kinds
+            for name, parameter in whole.named_parameters()
+        }
+        for name in fragments.persistent_buffers(whole):
+            shapes[f"buffers.{name}"] = whole.get_buffer(name).shape
+        return shapes
 
 
-def check_before_start(run: RunConfig, *, processes: int) -> None:
+def check_before_start(run: RunConfig | DecoderRun, *, processes: int) -> None:
     """All that can be refused without torch.distributed, a GPU or a network weight."""
     check_run(run, devices=processes)
     directory = Path(run.directory)
     atomic_files.require_writable_directory(directory)
-    _check_room(run, directory)
+    if isinstance(run, DecoderRun):
+        parameters = sum(decoder_costs.parameters(decoder_shape(run)).values())
+    else:
+        parameters = sum(p.numel() for p in build_on_meta(model_shape(run)).parameters())
+    _check_room(run, directory, parameters)
 
 
-def _check_room(run: RunConfig, directory: Path) -> None:
-    model = build_on_meta(model_shape(run))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def _check_room(run: AnyRun, directory: Path, parameters: int) -> None:
     # fp32 weights, two moments, averages; one more save than is kept exists while it is written.
     checkpoint_bytes = 4 * (3 + len(run.training.ema_decays)) * parameters
     existing = len(complete_steps(directory))
@@ -105,7 +139,8 @@ def build_training(run: RunConfig, ranks: Ranks) -> Training:
         ranks=ranks,
         accumulation_steps=batches.accumulation_steps,
     )
-    return Training(run, ranks, shape, shift, batches, source.samples, feed, engine)
+    measures = DiffusionMeasures(run.tracking, engine.network, ranks, split_rows=run.parallel.sp)
+    return Training(run, ranks, shape, shift, batches, source.samples, feed, engine, measures)
 
 
 def _stream(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,18 @@ from dsr_scale.train.objective import Encoders, Example, FlowMatching
 _FIELDS = ("null", "labels", "tokens", "mask")
 
 
+class Objective(Protocol):
+    """What a batch is turned into an example of."""
+
+    def example(self, batch: Batch, encoders: Encoders) -> Any:
+        """The encoded micro-batch, as the engine in training takes it."""
+        ...
+
+
 class StepData(NamedTuple):
     """What one optimizer step works on."""
 
-    examples: Sequence[Example]
+    examples: Sequence[Any]
     """This replica's micro-batches; encoded (and sent) when one is asked for, in order, once."""
     batches: list[Batch]
     """The same as they were read; empty on ranks that do not read."""
@@ -39,7 +47,7 @@ class StepData(NamedTuple):
 class Feed:
     """The examples of every step. All ranks of a replica take the same steps together."""
 
-    objective: FlowMatching
+    objective: Objective
     ranks: Ranks
     micro_batches: int
     """Per step and replica."""
@@ -73,7 +81,7 @@ class Feed:
         if self.stream is not None:
             self.stream.close()
 
-    def example(self, batch: Batch | None, failure: Exception | None) -> Example:
+    def example(self, batch: Batch | None, failure: Exception | None) -> Any:
         """The example of a micro-batch, from what was read here or on the rank that reads."""
         example = None
         if batch is not None:
@@ -88,16 +96,9 @@ class Feed:
         assert example is not None
         return example
 
-    def _encoded(self, batch: Batch) -> Example:
+    def _encoded(self, batch: Batch) -> Any:
         assert self.encoders is not None
-        latents, condition = self.encoders.encode(batch)
-        return Example(
-            self.objective,
-            latents,
-            condition,
-            tuple(batch.epochs.tolist()),
-            tuple(batch.sample_ids.tolist()),
-        )
+        return self.objective.example(batch, self.encoders)
 
     def _shared(self, example: Example | None, failure: Exception | None) -> Example | None:
         """Sends the reading rank's example, or its failure, to the others of the replica."""
@@ -134,13 +135,14 @@ class Feed:
                 dist.broadcast(sent.contiguous(), group_src=0, group=self.ranks.replica.group)
         if example is not None:
             return example
+        assert isinstance(self.objective, FlowMatching), "no other model is split over ranks"
         latents, *fields = tensors
         assert latents is not None
         condition = Condition(**dict(zip(_FIELDS, fields, strict=True)))  # type: ignore[arg-type]
         return Example(self.objective, latents, condition, epochs, sample_ids)
 
 
-class _Examples(Sequence[Example]):
+class _Examples(Sequence[Any]):
     """Encodes a micro-batch when it is asked for, so that one step holds one at a time."""
 
     def __init__(self, feed: Feed, batches: list[Batch], failure: Exception | None) -> None:
@@ -152,10 +154,10 @@ class _Examples(Sequence[Example]):
         return self._feed.micro_batches
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Any: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         if index >= len(self):

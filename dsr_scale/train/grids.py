@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dsr_scale.config.training import GridConfig
 from dsr_scale.export.pipeline import Pipeline, build_pipeline
@@ -49,23 +50,8 @@ class TrainingGrids:
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
         """A collective; the picture is written by the first rank."""
-        self._gather_average()
+        gather_average(self.training, None if self.pipeline is None else self.pipeline.model)
         self.training.ranks.on_first(lambda: self._draw(step, log))
-
-    def _gather_average(self) -> None:
-        """Fills the first rank's network with the averaged weights, and the saved buffers."""
-        targets: dict[str, torch.Tensor] = {}
-        kind = self.training.engine.main_average
-        if self.pipeline is not None:
-            network = self.pipeline.model
-            targets = {f"{kind}.{name}": p for name, p in network.named_parameters()}
-            targets |= {f"buffers.{name}": b for name, b in network.named_buffers()}
-        with torch.no_grad():
-            gather_on_first(
-                self.training.engine.pieces(owned=True, kinds=(kind,)),
-                self.training.ranks,
-                lambda piece: write_into(targets[piece.name], piece),
-            )
 
     def _draw(self, step: int, log: MetricsLog | None) -> None:
         assert self.pipeline is not None and log is not None
@@ -81,3 +67,18 @@ class TrainingGrids:
             metadata={"step": str(step), "run": run.name},
         )
         log.log_image(step, "grid", path)
+
+
+@torch.no_grad()
+def gather_average(training: Training, network: nn.Module | None) -> None:
+    """Fills the first rank's `network` with the averaged weights and the saved buffers. A collective."""
+    targets: dict[str, torch.Tensor] = {}
+    kind = training.engine.main_average
+    if network is not None:
+        targets = {f"{kind}.{name}": p for name, p in network.named_parameters()}
+        targets |= {f"buffers.{name}": b for name, b in network.named_buffers()}
+    gather_on_first(
+        training.engine.pieces(owned=True, kinds=(kind,)),
+        training.ranks,
+        lambda piece: write_into(targets[piece.name], piece),
+    )

@@ -20,8 +20,9 @@ from rich.console import Console
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
 from dsr_scale.checkpoint.saver import CheckpointWriter
+from dsr_scale.config.decoder import DecoderRun
 from dsr_scale.config.load import dump_run
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.data.corruption import CorruptImage, check_rate
 from dsr_scale.data.loader import Batch
 from dsr_scale.job.attempt import current_attempt
@@ -32,6 +33,9 @@ from dsr_scale.train import resume
 from dsr_scale.train.arrival import Arrivals, shared_failure
 from dsr_scale.train.build import Training, build_training, check_before_start
 from dsr_scale.train.clock import StepClock
+from dsr_scale.train.decoder_build import DecoderTraining, build_decoder
+from dsr_scale.train.decoder_evaluation import Reconstructions
+from dsr_scale.train.evaluation import TrainingEvaluation
 from dsr_scale.train.failing import Account, end_now
 from dsr_scale.train.feed import StepData
 from dsr_scale.train.grids import TrainingGrids
@@ -39,6 +43,7 @@ from dsr_scale.train.outcomes import Outcome, Outcomes
 from dsr_scale.train.report import Report, open_log
 from dsr_scale.train.schedule import learning_rate
 from dsr_scale.train.signals import StopRequest, grace_warning
+from dsr_scale.train.started import Started
 from dsr_scale.train.state import RunState
 from dsr_scale.train.watch import HangWatch
 
@@ -62,7 +67,7 @@ class Finished:
 
 
 def train(
-    run: RunConfig, *, on_step: OnStep | None = None, account: Account | None = None
+    run: RunConfig | DecoderRun, *, on_step: OnStep | None = None, account: Account | None = None
 ) -> Finished:
     """Trains to the last step, from the newest checkpoint if there is one.
 
@@ -90,14 +95,18 @@ def train(
             tell=partial(print, file=sys.stderr),
         )
         ranks.on_first(lambda: until_the_end.enter_context(lock))
-        finished = _Loop(build_training(run, ranks), on_step, watch).run()
+        finished = _Loop(_started(run, ranks), on_step, watch).run()
     # After a signal ranks end with its status, for which srun ends who is left: the first goes last.
     ranks.on_first(lambda: None)
     groups.stop()
     return finished
 
 
-def _longest_outage_s(run: RunConfig) -> float:
+def _started(run: RunConfig | DecoderRun, ranks: groups.Ranks) -> Training | DecoderTraining:
+    return build_decoder(run, ranks) if isinstance(run, DecoderRun) else build_training(run, ranks)
+
+
+def _longest_outage_s(run: AnyRun) -> float:
     """How long a rank may wait for encoders: a request may stall before and after the waiting."""
     access = run.encoder
     if access.mode != "service":
@@ -108,8 +117,10 @@ def _longest_outage_s(run: RunConfig) -> float:
 class _Loop:
     """One run in this process."""
 
-    def __init__(self, training: Training, on_step: OnStep | None, watch: HangWatch) -> None:
-        self.training = training
+    def __init__(
+        self, training: Training | DecoderTraining, on_step: OnStep | None, watch: HangWatch
+    ) -> None:
+        self.training: Started = training
         self.watch = watch
         self.grace_compared = False
         self.on_step = on_step
@@ -122,7 +133,13 @@ class _Loop:
         attempt = current_attempt()
         self.attempt = None if attempt is None else attempt[1]
         self.log = self._open_log()
-        self.grids = TrainingGrids.for_run(training)
+        self.grids: TrainingGrids | Reconstructions | None
+        self.evaluation: TrainingEvaluation | None = None
+        if isinstance(training, Training):
+            self.grids = TrainingGrids.for_run(training)
+            self.evaluation = TrainingEvaluation.for_run(training, self._warn)
+        else:
+            self.grids = Reconstructions.for_run(training, self._warn)
         self.arrivals = Arrivals(
             partial(training.feed.steps, self.state.step),
             may_wait_long=training.run.encoder.mode == "service",
@@ -160,6 +177,8 @@ class _Loop:
                         raise shared_failure(self.arrivals.failure, self.training.ranks)
                     if asked:
                         stopped_by = request.signal_name or OTHER_RANK
+                if stopped_by is None and self._owes_evaluation() and self._evaluate(request):
+                    stopped_by = request.signal_name or OTHER_RANK
                 while self.state.step < steps and stopped_by is None:
                     assert upcoming is not None
                     asked, upcoming = self._step(upcoming, request)
@@ -170,7 +189,8 @@ class _Loop:
                         self._compare_grace()
                     self.report.advance(self.state.step)
                     # A grace period is for the save: it comes before the grid, which a stop skips.
-                    if asked or last or self._due(self.training.run.checkpoint.every_steps):
+                    saves = asked or last or self._due(self.training.run.checkpoint.every_steps)
+                    if saves:
                         self._save()
                     if self.data_failed:
                         self.writer.wait()
@@ -180,6 +200,10 @@ class _Loop:
                     elif self.grids is not None and self._due(self.grids.every_steps):
                         with self.clock.section("grid"):
                             self.grids.draw(self.state.step, self.log)
+                    if stopped_by is None and self._evaluation_is_due() and self._evaluate(request):
+                        if not saves:
+                            self._save()
+                        stopped_by = request.signal_name or OTHER_RANK
                 with self.clock.section("checkpoint"):
                     self.writer.wait()
         finally:
@@ -196,10 +220,11 @@ class _Loop:
     def _step(self, data: StepData, request: StopRequest) -> tuple[bool, StepData | None]:
         """One optimizer step: whether to save and stop after it, and the data of the next."""
         training, step = self.training, self.state.step
-        loss = training.engine.forward_backward(
-            self.report.watched(data.examples),
+        loss = training.forward_backward(
+            training.measures.watched(data.examples),
+            step=step,
             section=self.clock.section,
-            probes=self.report.probes(step + 1),
+            probes=training.measures.probes(step + 1),
         )
         rate = learning_rate(training.run.training, step)
         with self.clock.section("optimizer"):
@@ -309,6 +334,27 @@ class _Loop:
             self.report.checkpoint_blocked(
                 resume.start_save(self.training, self.state, self.writer)
             )
+
+    def _evaluation_is_due(self) -> bool:
+        return self.evaluation is not None and self.evaluation.is_due(self.state.step)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run had ended between the step that it goes on from and its evaluation."""
+        return self.evaluation is not None and self.evaluation.is_owed(self.state.step)
+
+    def _evaluate(self, request: StopRequest) -> bool:
+        """Evaluates the run as it is; whether that was cut short by a signal."""
+        assert self.evaluation is not None
+        with self.clock.section("evaluation"):
+            return not self.evaluation.evaluate(
+                self.state.step,
+                self.log,
+                asked=lambda: request.signal_name is not None,
+                touch=partial(self.watch.touch, "evaluation"),
+            )
+
+    def _warn(self, message: str) -> None:
+        self.console.print(message, style="yellow", markup=False, soft_wrap=True)
 
     def _compare_grace(self) -> None:
         """Says once, after the first save, that the time after a signal is too short."""

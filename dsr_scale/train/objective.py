@@ -36,6 +36,13 @@ class FlowMatching:
     timestep_shift: float
     seed: int
 
+    def example(self, batch: Batch, encoders: Encoders) -> Example:
+        """The encoded micro-batch under this objective."""
+        latents, condition = encoders.encode(batch)
+        return Example(
+            self, latents, condition, tuple(batch.epochs.tolist()), tuple(batch.sample_ids.tolist())
+        )
+
 
 @dataclass(frozen=True)
 class Example:
@@ -128,16 +135,21 @@ class Encoders:
     device: torch.device
 
     @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents [B,C,H,W] float32."""
+        if batch.encoded is not None:
+            return batch.encoded.latents.to(self.device).float()
+        assert self.image is not None and batch.images is not None
+        return rounded(self.image.encode(batch.images.to(self.device)), self.config).float()
+
+    @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
         """Latents [B,C,H,W] float32, and labels or encoded captions with dropped ones marked."""
         null = batch.null.to(self.device)
+        latents = self.latents(batch)
         if batch.encoded is not None:
-            latents = batch.encoded.latents.to(self.device).float()
             tokens, mask = batch.encoded.tokens, batch.encoded.mask
         else:
-            assert self.image is not None and batch.images is not None
-            images = batch.images.to(self.device)
-            latents = rounded(self.image.encode(images), self.config).float()
             text = None if self.text is None else self.text.encode(batch.captions)
             tokens, mask = (None, None) if text is None else (text.tokens, text.mask)
         if batch.labels is not None:

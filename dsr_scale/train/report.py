@@ -1,13 +1,13 @@
 """What a run tells of itself: measured between log lines, written at them.
 
-Losses by timestep and token norms are summed on the device and read at a log line alone, where the
-ranks put together what each of them knows: two messages between hosts. docs/metrics.md says what
-every number means.
+What is particular to the network in training (`Started.measures`) is summed on the device and read at
+a log line alone, where the ranks put together what each of them knows: two messages between hosts.
+docs/metrics.md says what every number means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,15 @@ from rich.console import Console
 from torch import Tensor
 
 from dsr_scale.config import costs
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun
 from dsr_scale.job.attempt import Attempt
-from dsr_scale.parallel.groups import Axis, Ranks
-from dsr_scale.parallel.pipeline import Probes
-from dsr_scale.telemetry.measures import TimestepLosses, loss_metrics
+from dsr_scale.parallel.groups import Ranks
 from dsr_scale.telemetry.metrics import MetricsLog
 from dsr_scale.telemetry.progress import training_bar
-from dsr_scale.telemetry.token_norms import TokenNorms, norm_metrics
-from dsr_scale.train.build import Training
 from dsr_scale.train.clock import OTHER, StepClock
-from dsr_scale.train.objective import Example, Watched
 from dsr_scale.train.outcomes import Outcome
 from dsr_scale.train.schedule import learning_rate
+from dsr_scale.train.started import Started
 from dsr_scale.train.state import RunState
 from dsr_scale.train.stragglers import Stragglers
 
@@ -41,7 +37,7 @@ WORTH_SAYING = 0.1
 _ALWAYS_TIMED = ("data", "encode", "optimizer", "agree", "checkpoint", "grid", OTHER)
 
 
-def open_log(run: RunConfig, run_id: str | None, attempt: Attempt | None) -> MetricsLog:
+def open_log(run: AnyRun, run_id: str | None, attempt: Attempt | None) -> MetricsLog:
     """The log of the first rank; `run_id` is the tracker's, of a run that goes on."""
     return MetricsLog(
         Path(run.directory),
@@ -53,7 +49,7 @@ def open_log(run: RunConfig, run_id: str | None, attempt: Attempt | None) -> Met
     )
 
 
-def tracker_config(run: RunConfig, attempt: Attempt | None) -> dict[str, Any]:
+def tracker_config(run: AnyRun, attempt: Attempt | None) -> dict[str, Any]:
     """What the tracker shows beside the curves: the run file, and the job where there is one."""
     config = run.model_dump(mode="json")
     if attempt is not None:
@@ -75,7 +71,6 @@ class _Interval:
     gradient_norm: float = float("nan")
     """Of the last step."""
     checkpoint_blocked_s: float = 0.0
-    norms_measured: bool = False
 
 
 class Report:
@@ -83,7 +78,7 @@ class Report:
 
     def __init__(
         self,
-        training: Training,
+        training: Started,
         clock: StepClock,
         console: Console,
         log: MetricsLog | None,
@@ -91,17 +86,13 @@ class Report:
         attempt: Attempt | None,
     ) -> None:
         """`log` on the first rank only; times are counted from here on."""
-        tracking, device = training.run.tracking, training.ranks.device
         self._training = training
         self._clock = clock
         self._console = console
         self._log = log
         self._attempt = attempt
         self._interval = _Interval()
-        self._losses = TimestepLosses(tracking.timestep_buckets, device)
-        self._norms: TokenNorms | None = None
-        if tracking.norms_every_steps is not None:
-            self._norms = token_norms(training)
+        self._measures = training.measures
         self._ceilings_tflops = _ceilings_tflops(training)
         ranks = training.ranks
         self._stragglers = Stragglers(ranks.store, rank=ranks.rank, world_size=ranks.world_size)
@@ -123,21 +114,9 @@ class Report:
             )
         clock.take()
 
-    def watched(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """A step's examples, such that their losses are counted."""
-        return Watched(examples, self._losses.add)
-
-    def probes(self, step: int) -> Probes | None:
-        """What looks at the tokens of step `step`, from 1; None for most steps."""
-        every_steps = self._training.run.tracking.norms_every_steps
-        if self._norms is None or every_steps is None or step % every_steps:
-            return None
-        self._interval.norms_measured = True
-        return self._norms.probe
-
     def end_step(self, skipped: Tensor) -> None:
         """Counts a step; `skipped`, on the device, is not 0 for one that changed nothing."""
-        self._losses.end_step(skipped)
+        self._measures.end_step(skipped)
         self._interval.steps += 1
 
     def take_in(self, outcome: Outcome) -> None:
@@ -177,27 +156,12 @@ class Report:
             "checkpoint_blocked_s": interval.checkpoint_blocked_s,
             "corrupt_seen": state.corrupt_seen,
             "corrupt_keys": list(corrupt_keys[-20:]),
-            **self._device_metrics(interval),
+            **self._measures.take(),
             **self._compare_ranks(state.step, times_s, interval.steps),
         }
         if self._log is not None:
             self._log.log(state.step, metrics)
         self._show(state.step, metrics)
-
-    def _device_metrics(self, interval: _Interval) -> dict[str, float]:
-        """Of the sums that wait on the device, added up over all ranks."""
-        ranks, losses = self._training.ranks, self._losses.take()
-        parts = [losses.flatten()]
-        norms = None
-        if self._norms is not None and interval.norms_measured:
-            norms = self._norms.take()
-            parts.append(norms.flatten())
-        # Tensor ranks know the same sums, which cancels in every mean.
-        sums = torch.tensor(ranks.sum_on_host(torch.cat(parts).tolist()), dtype=torch.float64)
-        metrics = loss_metrics(sums[: losses.numel()].view(losses.shape).tolist())
-        if self._norms is not None and norms is not None:
-            metrics |= norm_metrics(self._norms.blocks, sums[losses.numel() :].view(norms.shape))
-        return metrics
 
     def _compare_ranks(
         self, step: int, times_s: dict[str, float], steps: int
@@ -214,7 +178,7 @@ class Report:
 
     def _throughput(self, images_per_s: float) -> dict[str, float]:
         per_device = images_per_s / self._training.ranks.world_size
-        tflops = costs.training_flops(self._training.shape) * per_device / 1e12
+        tflops = self._training.training_flops * per_device / 1e12
         return {
             "images_per_s": images_per_s,
             "images_per_s_per_device": per_device,
@@ -242,28 +206,6 @@ def plain_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
     return line + (f"  data wait {100 * waiting:.0f} %" if waiting > WORTH_SAYING else "")
 
 
-def token_norms(training: Training) -> TokenNorms:
-    """Empty sums for the blocks of the whole network."""
-    network, ranks = training.engine.network, training.ranks
-    return TokenNorms(
-        [network.block_name(index) for index in range(network.total_blocks)],
-        training.run.tracking.timestep_buckets,
-        ranks.device,
-        whole_rows=rows_gatherer(ranks.tensor) if training.run.parallel.sp else None,
-    )
-
-
-def rows_gatherer(tensor: Axis) -> Callable[[Tensor], Tensor]:
-    """From each tensor rank's share of the rows [B,N/tp] to all of them [B,N], on every rank."""
-
-    def gather(share: Tensor) -> Tensor:
-        shares = [torch.empty_like(share) for _ in range(tensor.size)]
-        dist.all_gather(shares, share.contiguous(), group=tensor.group)
-        return torch.cat(shares, dim=1)
-
-    return gather
-
-
 def _time_metrics(times_s: dict[str, float], steps: int) -> dict[str, float]:
     """Seconds per step of every section."""
     seconds = dict.fromkeys(_ALWAYS_TIMED, 0.0) | times_s
@@ -283,7 +225,7 @@ def _largest_memory_gib(ranks: Ranks) -> float:
     return float(largest) / 2**30
 
 
-def _ceilings_tflops(training: Training) -> dict[str, float]:
+def _ceilings_tflops(training: Started) -> dict[str, float]:
     """What the arithmetic of this run may reach at most, by the metric that compares with it."""
     device = training.ranks.device
     if device.type != "cuda" or training.run.training.precision != "bf16":

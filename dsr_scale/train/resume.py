@@ -16,13 +16,11 @@ from rich.console import Console
 from dsr_scale.checkpoint import directory, tensors
 from dsr_scale.checkpoint.saver import CheckpointWriter
 from dsr_scale.checkpoint.verification import newest_verified
-from dsr_scale.model.build import build_on_meta
-from dsr_scale.parallel import fragments
-from dsr_scale.train.build import Training
+from dsr_scale.train.started import Started
 from dsr_scale.train.state import RunState, check_resumable, library_versions
 
 
-def fresh_state(training: Training) -> RunState:
+def fresh_state(training: Started) -> RunState:
     """The state before the first step."""
     ranks = training.ranks
     return RunState(
@@ -48,7 +46,7 @@ def fresh_state(training: Training) -> RunState:
     )
 
 
-def start_save(training: Training, state: RunState, writer: CheckpointWriter) -> float:
+def start_save(training: Started, state: RunState, writer: CheckpointWriter) -> float:
     """Begins to write a checkpoint; older ones go when it is complete. A collective.
 
     Returns the seconds that the caller was held up.
@@ -67,7 +65,7 @@ def start_save(training: Training, state: RunState, writer: CheckpointWriter) ->
     )
 
 
-def restore(training: Training, console: Console) -> RunState:
+def restore(training: Started, console: Console) -> RunState:
     """The state to start from: of the newest good checkpoint, or of step 0. A collective.
 
     Raises InputError when the checkpoint belongs to another network, data set or objective.
@@ -84,7 +82,7 @@ def restore(training: Training, console: Console) -> RunState:
     checkpoint, content = found
     saved = RunState.from_json(content)
     check_resumable(saved, fresh)
-    ranks.on_first(lambda: tensors.check_fits(checkpoint, _all_shapes(training)))
+    ranks.on_first(lambda: tensors.check_fits(checkpoint, training.checkpoint_shapes()))
     tensors.load_pieces(checkpoint, engine.pieces(owned=False))
     engine.refresh(applied_steps=saved.step - saved.skipped_steps)
     engine.guard.statistics.copy_(torch.tensor(saved.guard, dtype=torch.float64))
@@ -99,16 +97,3 @@ def restore(training: Training, console: Console) -> RunState:
         corrupt_seen=saved.corrupt_seen,
         tracker_run_id=saved.tracker_run_id,
     )
-
-
-def _all_shapes(training: Training) -> dict[str, torch.Size]:
-    """Name and global shape of everything that a checkpoint of this run holds."""
-    whole = build_on_meta(training.shape)
-    shapes = {
-        f"{kind}.{name}": parameter.shape
-        for kind in training.engine.kinds
-        for name, parameter in whole.named_parameters()
-    }
-    for name in fragments.persistent_buffers(whole):
-        shapes[f"buffers.{name}"] = whole.get_buffer(name).shape
-    return shapes

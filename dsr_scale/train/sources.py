@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
 from dsr_scale.checkpoint.directory import complete_steps
+from dsr_scale.config.decoder import DecoderRun
 from dsr_scale.config.encoders import NoText
-from dsr_scale.config.run import RunConfig
+from dsr_scale.config.run import AnyRun, RunConfig
 from dsr_scale.data.encoded import RowEncoder
 from dsr_scale.data.loader import open_samples
 from dsr_scale.data.samples import Samples
@@ -48,7 +49,7 @@ class Source:
     """Of the data workers."""
 
 
-def open_source(run: RunConfig, ranks: Ranks) -> Source:
+def open_source(run: AnyRun, ranks: Ranks) -> Source:
     """Opens data and encoders as `encoder.mode` says. A collective of all ranks.
 
     Raises InputError when they cannot be had, or are not those that the run was started with.
@@ -64,7 +65,7 @@ def open_source(run: RunConfig, ranks: Ranks) -> Source:
     return source
 
 
-def _inline(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract | None]:
+def _inline(run: AnyRun, ranks: Ranks) -> tuple[Source, Contract | None]:
     samples = open_samples(run.data)
     if not ranks.leads_replica:
         return Source(samples, None, None, "fork"), None
@@ -74,7 +75,7 @@ def _inline(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract | None]:
     return Source(samples, None, encoders, "fork"), local.contract if ranks.is_first else None
 
 
-def _service(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract]:
+def _service(run: AnyRun, ranks: Ranks) -> tuple[Source, Contract]:
     from dsr_scale.encode_service.client import ServiceClient
     from dsr_scale.encode_service.prompts import ServiceText
 
@@ -83,9 +84,9 @@ def _service(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract]:
     contract = ranks.on_first(stranger.agree)
     client = stranger.bound_to(contract)
     stranger.close()
-    has_text = not isinstance(run.encoders.text, NoText)
+    has_text = isinstance(run, RunConfig) and not isinstance(run.encoders.text, NoText)
     prompts = ServiceText(client, ranks.device) if has_text else None
-    if prompts is not None and run.grid.every_steps is not None:
+    if prompts is not None and isinstance(run, RunConfig) and run.grid.every_steps is not None:
         # Now, so that no grid has to wait for servers in the middle of a run.
         ranks.on_first(lambda: _ask_ahead(prompts, run.grid.prompts))
     encoders = None
@@ -99,20 +100,37 @@ def _ask_ahead(prompts: ServiceText, captions: Sequence[str]) -> None:
     prompts.encode(captions)
 
 
-def _cache(run: RunConfig, ranks: Ranks) -> tuple[Source, Contract]:
+def _cache(run: AnyRun, ranks: Ranks) -> tuple[Source, Contract]:
     from dsr_scale.encode_service.cache import open_cache
 
     samples, rows = open_cache(run)
+    if isinstance(run, DecoderRun):
+        samples = _source_images(run)
     encoders = None
     if ranks.leads_replica:
         # Prompts of sample grids are in no cache, so the one rank that draws encodes them itself.
-        draws = ranks.is_first and run.grid.every_steps is not None
+        draws = ranks.is_first and isinstance(run, RunConfig) and run.grid.every_steps is not None
         text = build_text_encoder(run.encoders.text, device=ranks.device) if draws else None
         encoders = Encoders(run.encoders, None, text, ranks.device)
     return Source(samples, rows, encoders, "fork"), rows.contract
 
 
-def _record(run: RunConfig, contract: Contract | None) -> None:
+def _source_images(run: AnyRun) -> Samples:
+    """What the cache was filled from: it keeps no images, and a decoder learns to make them."""
+    assert run.encoder.cache is not None
+    if (
+        Path(run.encoder.cache).expanduser().resolve()
+        == Path(run.data.shards).expanduser().resolve()
+    ):
+        raise InputError(
+            found=f"data.shards = {run.data.shards}, the cache itself",
+            required="the images that the cache was filled from: a decoder learns to make them",
+            remedy="set data.shards to the shards that dsr-scale encode read",
+        )
+    return open_samples(run.data)
+
+
+def _record(run: AnyRun, contract: Contract | None) -> None:
     """Keeps the contract with the run; refuses another than it was trained with so far."""
     assert contract is not None
     directory = Path(run.directory)

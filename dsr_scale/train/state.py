@@ -40,8 +40,8 @@ class RunState:
     config: dict[str, Any]
     """The resolved run file."""
     model_shape: dict[str, Any]
-    timestep_shift: float
-    """α in force: exported with the weights, since a sampler must use the same."""
+    timestep_shift: float | None
+    """α in force: exported with the weights, since a sampler must use the same. None for a decoder."""
     tracker_run_id: str | None
     layout: dict[str, int]
     """tp, pp, dp and zero of the ranks that saved; others may go on."""
@@ -74,6 +74,7 @@ FREE_TO_CHANGE = {
     },
     "encoders": {"decoder"},
     "encoders.text": {"cache_mib"},
+    "decoder.losses.lpips": {"backbone"},
 }
 """Sections that decide what a sample is and what is learned from it, and their fields that do not.
 Data that moved is recognised by its fingerprint."""
@@ -131,7 +132,10 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
         "seed": config["seed"],
         GLOBAL_BATCH: config["training"]["global_batch_images"],
     }
-    sections = [(path, config[path]) for path in ("data", "encoders", "diffusion")]
+    objectives = ("diffusion", "decoder")
+    sections = [
+        (path, config[path]) for path in ("data", "encoders", *objectives) if path in config
+    ]
     while sections:
         path, section = sections.pop()
         for field, value in section.items():

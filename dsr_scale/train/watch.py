@@ -33,7 +33,7 @@ from dsr_scale.train import failing, hang_report
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-SLOW_PHASES = frozenset({"start", "checkpoint", "grid"})
+SLOW_PHASES = frozenset({"start", "checkpoint", "grid", "evaluation"})
 """No parts of an ordinary step."""
 WAITING_PHASES = frozenset({"data", "agree"})
 """Where a rank waits for encoders, or for one that does."""
