@@ -12,7 +12,7 @@ from dsr_scale.evaluate.outlier_statistics import MEASURES
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2", "head.0", "output")
 PICTURED = (0, 2, 4)
 GRID = (3, 4)
-ATTENTION = ("registers", "top_norm", "text", "special", "rest")
+ATTENTION = ("registers", "top_norm", "text", "special", "extra_key", "rest")
 
 
 def made_findings(name: str, *, seed: int, registers: bool = True, steps: int = 2) -> Findings:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
+import transformers
+from evaluate_command import run
 from PIL import Image
 from tiny_bundles import write_tiny_bundle
-from tiny_detectors import save_tiny_blip, save_tiny_yolos
+from tiny_detectors import save_tiny_vilt, save_tiny_yolos
 from tiny_judges import save_tiny_clip
-from typer.testing import CliRunner
 
 from dsr_scale.base.errors import InputError
-from dsr_scale.cli.evaluate import evaluate
+from dsr_scale.evaluate.clip_score import ClipScorer
 from dsr_scale.evaluate.detection import ObjectDetector
 from dsr_scale.evaluate.dpg import DpgSums, open_dpg
 from dsr_scale.evaluate.geneval import GenEvalJudge, GenEvalSums, open_geneval
@@ -27,7 +27,7 @@ from dsr_scale.export.pipeline import load
 
 CPU = torch.device("cpu")
 GENEVAL = (
-    {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"},
+    {"tag": "single_object", "include": [{"class": "couch", "count": 1}], "prompt": "a couch"},
     {
         "tag": "colors",
         "include": [{"class": "couch", "count": 1, "color": "red"}],
@@ -35,21 +35,11 @@ GENEVAL = (
     },
 )
 DPG = """item_id,text,proposition_id,dependency,tuple,question_natural_language
-a,a red cat,1,0,entity - whole (cat),a cat
+a,a red cat,1,0,entity - whole (cat),cat
 a,a red cat,2,1,attribute - color (cat),a red cat
-b,two dog,1,0,entity - whole (dog),dog
+b,two dog,1,0,entity - whole (dog),cat
+b,two dog,2,0,other - count (dog),dog
 """
-
-app = typer.Typer()
-app.command()(evaluate)
-
-
-def run(out: Path, *words: object) -> dict[str, Any]:
-    """Runs the command in this process; returns its JSON. Raises what it raises."""
-    arguments = [*map(str, words), "--out", str(out), "--device", "cpu"]
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return json.loads((out / "evaluation.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -71,26 +61,37 @@ def dpg(tmp_path: Path) -> Path:
     return path
 
 
-def test_geneval_of_images_that_exist(geneval: Path, tmp_path: Path) -> None:
-    detector = save_tiny_yolos(tmp_path / "yolos", {0: "dog", 1: "sofa", 2: "person"})
+def test_geneval_of_images_that_exist(
+    geneval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = save_tiny_yolos(tmp_path / "yolos", {0: "person", 1: "dog", 2: "sofa"})
     clip = save_tiny_clip(tmp_path / "clip")
     folder = tmp_path / "images"
     folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8)
+    blocks = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 3), dtype=np.uint8)
+    pixels = blocks[[3, 4, 5, 0, 1, 2]].repeat(8, 1).repeat(8, 2)
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{number}.png")
+    loaded: list[str] = []
+    library = transformers.CLIPModel.from_pretrained
+
+    def noted(source: str, **options: Any) -> Any:
+        loaded.append(source)
+        return library(source, **options)
+
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", noted)
     report = run(
         tmp_path / "out",
         *("--images", folder, "--geneval", geneval, "--metrics", "geneval,clip_score"),
         *("--detector", detector, "--clip", clip, "--batch", 4),
     )
+    assert loaded == [str(clip)]  # once, for colours and for CLIPScore
     benchmark = open_geneval(geneval)
     sums = GenEvalSums(benchmark, 6)
-    judge = GenEvalJudge(
-        benchmark, ObjectDetector(str(detector), CPU), ColorClassifier(str(clip), CPU)
-    )
+    colors = ColorClassifier(ClipScorer(str(clip), CPU))
+    judge = GenEvalJudge(benchmark, ObjectDetector(str(detector), CPU), colors)
     sums.add(judge, torch.from_numpy(pixels).permute(0, 3, 1, 2), 0)
-    assert "clip_score" in report["metrics"]
+    assert 0 < sums.values()["geneval_colors"] < 1 and report["metrics"]["clip_score"] > 0.1
     assert {n: v for n, v in report["metrics"].items() if "geneval" in n} == sums.values()
     assert report["settings"]["geneval"]["detector"] == str(detector)
     assert "mmdet" in report["settings"]["geneval"]["scores_are"]
@@ -98,7 +99,7 @@ def test_geneval_of_images_that_exist(geneval: Path, tmp_path: Path) -> None:
 
 
 def test_dpg_of_images_that_are_drawn(bundle: Path, dpg: Path, tmp_path: Path) -> None:
-    vqa = save_tiny_blip(tmp_path / "blip")
+    vqa = save_tiny_vilt(tmp_path / "vilt")
     report = run(
         tmp_path / "out", bundle, "--dpg", dpg, "--metrics", "dpg", "--vqa", vqa, "--batch", 3
     )
@@ -107,6 +108,7 @@ def test_dpg_of_images_that_are_drawn(bundle: Path, dpg: Path, tmp_path: Path) -
     sums = DpgSums(benchmark, 8)
     sums.add(VisualQuestions(str(vqa), CPU), images, 0)
     assert report["metrics"] == pytest.approx(sums.values())
+    assert report["metrics"]["dpg"] == 75  # the second prompt's images show no cat
     assert report["settings"]["images"] == 8
     assert "mplug" in report["settings"]["dpg"]["scores_are"]
 
@@ -125,7 +127,7 @@ def test_what_is_missing_is_named(
         run(out, bundle, "--geneval", geneval, "--metrics", "dpg")
     with pytest.raises(InputError, match="--geneval and --dpg"):
         run(out, bundle, "--geneval", geneval, "--dpg", dpg)
-    with pytest.raises(InputError, match="--geneval and --samples"):
+    with pytest.raises(InputError, match="--samples with --geneval"):
         run(out, bundle, "--geneval", geneval, "--samples", 2)
     folder = tmp_path / "images"
     folder.mkdir()
@@ -133,3 +135,20 @@ def test_what_is_missing_is_named(
         Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
     with pytest.raises(InputError, match="3 images for 2 prompts"):
         run(out, "--images", folder, "--geneval", geneval)
+
+
+def test_grids_among_the_images_do_not_count(geneval: Path, tmp_path: Path) -> None:
+    """GenEval's own program puts a grid beside the samples of a prompt: a fifth image, as numbers go."""
+    for prompt in ("00000", "00001"):
+        folder = tmp_path / "images" / prompt
+        (folder / "samples").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(folder / "samples" / f"{number:05}.png")
+        Image.new("RGB", (12, 42)).save(folder / "grid.png")
+    clip = save_tiny_clip(tmp_path / "clip")
+    asked = ("--images", tmp_path / "images", "--geneval", geneval, "--metrics", "clip_score")
+    with pytest.raises(InputError, match=r"00000/grid\.png in [\s\S]*12×42 pixels"):
+        run(tmp_path / "out", *asked, "--clip", clip)
+    for grid in tmp_path.glob("images/*/grid.png"):
+        grid.unlink()
+    assert run(tmp_path / "out", *asked, "--clip", clip)["settings"]["images"] == 8

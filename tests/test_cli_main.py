@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import typer.main
 
 import dsr_scale
+from dsr_scale.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 START = "import sys; sys.modules['torch'] = None\nfrom dsr_scale.cli.main import run\nrun()"
 
@@ -62,3 +69,29 @@ def test_checks_run_before_anything_is_printed(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert "model.heads = 3" in done.stderr
     assert "data-parallel ranks = 3" in done.stderr
+
+
+def lines_of_documentation() -> list[list[str]]:
+    """The words after each `dsr-scale` in README and docs, continued lines joined."""
+    text = "\n".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    lines = re.findall(r"\bdsr-scale +(\S.*)$", text.replace("\\\n", " "), re.M)
+    return [re.split(r"\s#|[|;)`]|&&", line)[0].split() for line in lines]
+
+
+def test_documentation_shows_every_command_and_only_options_that_exist() -> None:
+    program: Any = typer.main.get_command(main.app)
+    shown, unknown = set(), []
+    for words in lines_of_documentation():
+        command, path = program, []
+        while words and words[0] in getattr(command, "commands", {}):
+            path.append(words[0])
+            command = command.commands[words.pop(0)]
+        shown.add(path[0] if path else None)
+        options = {option for parameter in command.params for option in parameter.opts}
+        unknown += [
+            " ".join([*path, word])
+            for word in words
+            if word.startswith("--") and word.partition("=")[0] not in options | {"--help"}
+        ]
+    assert set(program.commands) <= shown
+    assert not unknown

@@ -64,6 +64,17 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Findings], Path]
     return asked
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a bundle conditioned on captions, one on classes, a run file and nothing else."""
+    folder = tmp_path_factory.mktemp("places")
+    write_tiny_bundle(folder / "bundle")
+    write_tiny_bundle(folder / "classes", classes=True)
+    write_config(folder)
+    (folder / "empty").mkdir()
+    return folder
+
+
 # A diffusion transformer.
 
 
@@ -196,6 +207,30 @@ def test_times_before_the_shift_and_two_targets(
     assert [one.name for one in asked] == ["bundle", "same"] and out == Path("report")
 
 
+def test_targets_of_one_name_are_told_apart(places: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "bundle").symlink_to(write_tiny_bundle(tmp_path / "kept" / "bundle"))
+    words = ("--data", "package:emoji", "--images", 2, "--timesteps", "0.5")
+    found, _ = measured(places / "bundle", "--against", "other/bundle", *words)
+    assert [one.name for one in found] == ["bundle", "bundle (other/bundle)"]
+
+
+def test_a_network_that_puts_out_nan_has_no_outlier_ratio(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> torch.nn.Module:
+        model = read_model(*arguments)
+        with torch.no_grad():
+            model.get_parameter("blocks.1.mlp.w3.bias")[0] = math.nan
+        return model
+
+    monkeypatch.setattr("dsr_scale.evaluate.outlier_targets.read_model", broken)
+    words = ("--data", "package:emoji", "--images", 2, "--timesteps", "0.5")
+    with pytest.raises(InputError, match=r"in 2 of 2 images after blocks\.1, timestep 1"):
+        measured(places / "bundle", *words)
+    assert not (tmp_path / "report" / "outliers.json").exists()
+
+
 def test_a_run_its_checkpoint_and_its_export_agree(tmp_path: Path) -> None:
     run = run_training(tmp_path)
     export_run(run, tmp_path / "bundle")
@@ -285,11 +320,10 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         (("bundle", "--data", "package:emoji", "--device", "tpu"), "--device tpu"),
     ],
 )
-def test_bad_input_is_refused_at_once(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    write_tiny_bundle(tmp_path / "bundle")
-    write_tiny_bundle(tmp_path / "classes", classes=True)
-    write_config(tmp_path)
-    (tmp_path / "empty").mkdir()
+def test_bad_input_is_refused_at_once(
+    words: tuple[str, ...], message: str, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
     device = () if "--device" in words else ("--device", "cpu")
     with pytest.raises(InputError, match=message):
         CliRunner().invoke(app, [*words, *device], catch_exceptions=False)
@@ -297,13 +331,12 @@ def test_bad_input_is_refused_at_once(words: tuple[str, ...], message: str, tmp_
 
 @pytest.mark.usefixtures("unread")
 def test_without_matplotlib_it_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = write_tiny_bundle(tmp_path / "bundle")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what makes its import fail
     for name in ("report", "sections", "maps", "figures"):
         monkeypatch.delitem(sys.modules, f"dsr_scale.evaluate.outlier_{name}", raising=False)
-    words = [str(bundle), "--data", "package:emoji", "--device", "cpu"]
+    words = [str(places / "bundle"), "--data", "package:emoji", "--device", "cpu"]
     with pytest.raises(InputError, match=r"pip install 'dsr-scale\[train\]'") as refused:
         CliRunner().invoke(app, words, catch_exceptions=False)
     assert refused.value.found == "no package matplotlib"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsr_scale.config.derive import ModelShape
 from dsr_scale.config.model import (
+    AttentionVariant,
     ClassConditioning,
     ConditioningConfig,
     CrossAttentionConditioning,
@@ -55,16 +56,24 @@ def softmax_in_float64(q: Tensor, k: Tensor, seen: Tensor) -> np.ndarray:
     return weights / weights.sum()
 
 
-def test_attention_mass_is_that_of_an_explicit_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_attention_mass_is_that_of_an_explicit_softmax(
+    masked: bool, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registers, `masked` from the rest or not, text, image, and an `extra` key that all rows see."""
     images, heads, width = 3, 2, 4
     rows = TokenRows(slice(0, 3), slice(8, 8 + TOKENS), slice(3, 8), NO_ROWS)
     count = 8 + TOKENS
-    q, k = noise(images, heads, count, width) * 2, noise(images, heads, count, width, seed=1) * 2
-    seen = torch.ones(images, count, dtype=torch.bool)
-    seen[1, 5:8] = False  # a caption of two tokens
+    q = noise(images, heads, count, width) * 2
+    k = noise(images, heads, count + extra, width, seed=1) * 2
+    given = torch.ones(images, count + extra, dtype=torch.bool)
+    given[1, 5:8] = False  # a caption of two tokens
+    seen = given.clone()
+    seen[:, :3] = not masked
     entering = noise(images, count, seed=2).abs() + 1
     entering[:, 8 + 11] = 50
-    reading = AttentionReading("blocks.0", entering, q, k, seen[:, None, None])
+    reading = AttentionReading("blocks.0", entering, q, k, given[:, None, None], 3 * masked)
     monkeypatch.setattr(attention_mass, "_PROBABILITIES_AT_ONCE", 2 * heads * TOKENS * count)
     mass, entropy = received(reading, rows.image)
     values = self_attention_measures(reading, mass, entropy, rows)
@@ -79,12 +88,16 @@ def test_attention_mass_is_that_of_an_explicit_softmax(monkeypatch: pytest.Monke
         received_by = rows_of_p.mean(axis=0)
         visible = int(seen[image].sum())
         groups = {
-            "registers": [0, 1, 2],
+            "registers": [] if masked else [0, 1, 2],
+            "extra_key": list(range(count, count + extra)),
             "text": [row for row in range(3, 8) if seen[image, row]],
             "top_norm": [19],
             "rest": [row for row in range(8, count) if row != 19],
         }
         for group, members in groups.items():
+            if not members:
+                assert values[f"attention_{group}"][image].isnan()
+                continue
             total = received_by[members].sum()
             assert values[f"attention_{group}"][image] == pytest.approx(total, rel=1e-4)
             per_token = total / len(members) * visible
@@ -94,11 +107,17 @@ def test_attention_mass_is_that_of_an_explicit_softmax(monkeypatch: pytest.Monke
         expected = sum(terms) / len(rows_of_p) / math.log(visible)
         assert values["attention_entropy"][image] == pytest.approx(expected, rel=1e-4)
         assert values["attention_special"][image].isnan()
-        of_row = np.mean(
-            [softmax_in_float64(q[image, h, 2], k[image, h], seen[image]) for h in range(heads)], 0
-        )
-        mapped = attention_of(reading, torch.tensor([[2]] * images))[image, 0]
-        np.testing.assert_allclose(mapped.numpy(), of_row, rtol=1e-4, atol=1e-7)
+        # A register sees registers whether they are masked from others or not.
+        for row, keys in ((2, given), (10, seen)):
+            of_row = np.mean(
+                [
+                    softmax_in_float64(q[image, h, row], k[image, h], keys[image])
+                    for h in range(heads)
+                ],
+                axis=0,
+            )
+            mapped = attention_of(reading, torch.tensor([[row]] * images))[image, 0]
+            np.testing.assert_allclose(mapped.numpy(), of_row, rtol=1e-4, atol=1e-7)
 
 
 def test_a_planted_sink_has_all_the_attention() -> None:
@@ -114,7 +133,13 @@ def test_a_planted_sink_has_all_the_attention() -> None:
     assert values["attention_entropy"].max() < 1e-3
 
 
-def make_shape(conditioning: ConditioningConfig, head: bool, qk_norm: bool) -> ModelShape:
+def make_shape(
+    conditioning: ConditioningConfig,
+    head: bool,
+    qk_norm: bool,
+    variant: AttentionVariant,
+    masked: bool,
+) -> ModelShape:
     text = conditioning.kind != "class"
     return ModelShape(
         width=32,
@@ -132,6 +157,8 @@ def make_shape(conditioning: ConditioningConfig, head: bool, qk_norm: bool) -> M
         text_length=5 if text else 0,
         qk_norm=qk_norm,
         attention="sdpa",
+        attention_variant=variant,
+        registers_masked=masked,
     )
 
 
@@ -151,21 +178,31 @@ def random_dit(shape: ModelShape) -> tuple[DiT, tuple[Tensor, Tensor, Condition]
 
 
 @pytest.mark.parametrize(
-    ("conditioning", "head", "qk_norm"),
+    ("conditioning", "head", "qk_norm", "variant", "masked"),
     [
-        (ClassConditioning(num_classes=5), True, True),
-        (CrossAttentionConditioning(), False, False),
-        (InContextConditioning(), True, False),
+        (ClassConditioning(num_classes=5), True, True, "plain", False),
+        (CrossAttentionConditioning(), False, False, "plain", True),
+        (InContextConditioning(), True, False, "plain", False),
+        (InContextConditioning(), True, True, "bias", True),
+        (ClassConditioning(num_classes=5), False, False, "bias", False),
+        (InContextConditioning(), True, False, "off_by_one", False),
+        (ClassConditioning(num_classes=5), True, False, "off_by_one", True),
+        (CrossAttentionConditioning(), True, True, "gated", True),
     ],
 )
 @torch.inference_mode()
 def test_probabilities_read_off_a_network_give_its_own_attention(
-    conditioning: ConditioningConfig, head: bool, qk_norm: bool
+    conditioning: ConditioningConfig,
+    head: bool,
+    qk_norm: bool,
+    variant: AttentionVariant,
+    masked: bool,
 ) -> None:
-    model, inputs = random_dit(make_shape(conditioning, head, qk_norm))
+    model, inputs = random_dit(make_shape(conditioning, head, qk_norm, variant, masked))
     outputs: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     entered: dict[str, Tensor] = {}
+    gates: dict[str, Tensor] = {}
     for index in range(model.total_blocks):
         name, block = model.block_name(index), model.blocks[str(index)]
         assert isinstance(block, Block)
@@ -179,6 +216,8 @@ def test_probabilities_read_off_a_network_give_its_own_attention(
         block.attn.register_forward_hook(keep("self", outputs))
         block.attn.qkv.register_forward_hook(keep("self", values))
         block.register_forward_pre_hook(keep_entering(name))
+        if variant == "gated":
+            block.attn.gate.register_forward_hook(keep("self", gates))
         if block.has_cross:
             block.cross.register_forward_hook(keep("cross", outputs))
             block.cross.kv.register_forward_hook(keep("cross", values))
@@ -192,15 +231,25 @@ def test_probabilities_read_off_a_network_give_its_own_attention(
         assert torch.equal(model(*inputs), expected)
     assert readings.keys() == outputs.keys()
     for name, reading in readings.items():
-        p = probabilities(reading.q, reading.k, reading.mask)
-        v = values[name].chunk(3 if name.endswith("self") else 2, dim=-1)[-1]
-        v = v.unflatten(-1, (reading.q.shape[1], -1)).transpose(1, 2)
+        is_self = name.endswith("self")
         index = list(map(model.block_name, range(model.total_blocks))).index(reading.block)
         block = model.blocks[str(index)]
         assert isinstance(block, Block)
-        module = block.attn if name.endswith("self") else block.cross
-        again = module.proj((p @ v).transpose(1, 2).flatten(-2))
-        torch.testing.assert_close(again, outputs[name], rtol=1e-4, atol=1e-4)
+        module = block.attn if is_self else block.cross
+        v = values[name].chunk(3 if is_self else 2, dim=-1)[-1]
+        v = v.unflatten(-1, (reading.q.shape[1], -1)).transpose(1, 2)
+        if is_self and variant == "bias":
+            v = torch.cat([v, block.attn.sink.value[None, :, None].expand(2, -1, -1, -1)], dim=2)
+        elif is_self and variant == "off_by_one":
+            v = torch.cat([v, torch.zeros_like(v[:, :, :1])], dim=2)
+        assert reading.k.shape == v.shape
+        seen = torch.stack([reading.visible_to(row) for row in range(reading.q.shape[2])], dim=1)
+        attended = probabilities(reading.q, reading.k, seen[:, None]) @ v
+        if is_self and variant == "gated":
+            attended *= gates[name].sigmoid().transpose(1, 2)[..., None]
+        again = module.proj(attended.transpose(1, 2).flatten(-2))
+        scale = outputs[name].abs().max()
+        torch.testing.assert_close(again / scale, outputs[name] / scale, rtol=0, atol=1e-5)
         torch.testing.assert_close(reading.entering, entered[reading.block].norm(dim=-1))
 
 

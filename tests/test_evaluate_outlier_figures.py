@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from dsr_scale.evaluate import outlier_figures as figures
 from dsr_scale.evaluate import outlier_maps as maps
 from dsr_scale.evaluate.outlier_sections import Picture, report_sections
+from dsr_scale.evaluate.outlier_wording import largest
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -51,6 +52,20 @@ def test_heat_map_is_brightest_where_the_largest_value_is() -> None:
     background = np.delete(light[0].ravel(), 7)
     np.testing.assert_array_equal(background, background[0])
     assert background[0] == light[1, 0, 0] < light[1, 1, 0] < light[0, 3, 1]
+
+
+def test_heat_maps_of_a_clean_network_are_dark() -> None:
+    """Whatever the contrast of small numbers, a bright cell is an outlier."""
+    found = made_findings("clean", seed=1)
+    for name in ("max_over_median", "max_over_median_without_channels"):
+        found.measures[name][:] = np.linspace(1.1, 1.9, 10).reshape(5, 2)
+    pictures = [part for section in report_sections([found]) for part in section.parts]
+    (drawn,) = [
+        p.draw() for p in pictures if isinstance(p, Picture) and p.file == "max_over_median"
+    ]
+    image, axes = pixels(drawn), drawn.axes[0]
+    light = [pixel_at(image, axes, s - 0.4, b - 0.4).mean() for s in range(2) for b in range(5)]
+    assert max(light) < 110 and len(set(light)) > 5
 
 
 def test_heat_map_labels_both_times_and_marks_missing_cells() -> None:
@@ -184,6 +199,29 @@ def test_attention_bars_stack_to_one_in_order() -> None:
     np.testing.assert_allclose(bars[:, :-1].sum(0), 1)
     tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]  # type: ignore[attr-defined]
     np.testing.assert_allclose(tops[:-1], 1)
+
+
+def test_of_equal_values_none_is_at_a_place() -> None:
+    found = made_findings("clean", seed=1)
+    found.measures["outlier_ratio"][:] = 0
+    assert largest([found], "outlier_ratio") == "clean at most 0."
+    found.measures["outlier_ratio"][2, 1] = 0.25
+    place = "blocks.2, model time 0.5 (pre-shift 0.0714)"
+    assert largest([found], "outlier_ratio") == f"clean at most 0.25 at {place}."
+
+
+def test_a_group_has_its_colour_in_every_report() -> None:
+    """Registers are absent from a report of a baseline alone; the other groups look as beside them."""
+    parts = {f"attention_{part}": part for part in ATTENTION}
+    alone, beside = (
+        {
+            group.get_label(): group[0].get_facecolor()
+            for group in figures.attention_bars(targets, parts).axes[0].containers
+        }
+        for targets in ([two_targets()[0]], two_targets())
+    )
+    assert beside.keys() - alone.keys() == {"registers"}
+    assert all(beside[name] == colour for name, colour in alone.items())
 
 
 def test_histograms_are_shares_of_tokens() -> None:

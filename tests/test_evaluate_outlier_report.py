@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from made_findings import BLOCKS, made_findings, two_targets
 from PIL import Image
 
+from dsr_scale.evaluate import outlier_figures as figures
 from dsr_scale.evaluate.outlier_report import write_report
 from dsr_scale.evaluate.outlier_statistics import MEASURES
 
@@ -59,8 +61,20 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+DPI = 60
+"""Instead of that of papers, which takes its time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse() -> Iterator[None]:
+    assert figures.DPI == 200
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", DPI)
+        yield
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+def report(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> tuple[Path, Page]:
     """A report of two targets, and its page."""
     out = tmp_path_factory.mktemp("report")
     path = write_report(two_targets(), out)
@@ -144,9 +158,9 @@ def test_page_shows_the_very_figures_of_the_folder(report: tuple[Path, Page]) ->
     for picture, content in zip(page.of("img"), shown, strict=True):
         file = next(name for name, kept in files.items() if kept == content)
         with Image.open(out / "figures" / file) as image:
-            assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+            assert image.info["dpi"] == pytest.approx((DPI, DPI), abs=0.1)
             # Shown at its size on paper: 96 pixels of a page are one inch.
-            assert int(str(picture["width"])) == pytest.approx(image.width * 96 / 200, abs=1)
+            assert int(str(picture["width"])) == pytest.approx(image.width * 96 / DPI, abs=2)
 
 
 def test_page_can_be_used_without_eyes_mouse_or_script(report: tuple[Path, Page]) -> None:

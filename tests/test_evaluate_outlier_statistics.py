@@ -183,6 +183,13 @@ def test_histograms_are_those_of_numpy_and_their_ends_are_open() -> None:
     np.testing.assert_array_equal(counts.numpy(), np.histogram(ratios, edges)[0])
 
 
+def test_tokens_of_nothing_are_in_no_bin() -> None:
+    """A network that was never trained puts out zeros: no median to compare with, and no outlier."""
+    norms = torch.stack([torch.zeros(TOKENS), torch.ones(TOKENS)])
+    counts = norm_histogram(norms, norms.median(1).values)
+    assert counts.sum() == TOKENS and counts[-1] == 0
+
+
 def test_the_ridge_probe_is_least_squares_with_a_penalty() -> None:
     tokens, targets = noise(90, WIDTH) * 7 + 2, noise(90, 5, seed=1)
     targets += tokens[:, :5]

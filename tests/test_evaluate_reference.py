@@ -42,6 +42,10 @@ def test_reference_images_of_every_kind_are_the_same(tmp_path: Path) -> None:
         parts = [torch.cat(list(part.batches(2))) for part in shares if part]
         assert torch.equal(torch.cat(parts), images)
         assert [len(part) for part in parts] == [2, 2, 2, 3]
+        # More processes than images: some have none, and none is an error.
+        many = [open_reference(place, 16, Share(i, 12)).images for i in range(12)]
+        parts = [batch for part in many if part for batch in part.batches(2)]
+        assert torch.equal(torch.cat(parts), images) and len(many[0] or ()) == 0
 
 
 def _statistics(channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +101,12 @@ def test_npz_files_that_are_missing_or_cut_off(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         open_reference(str(tmp_path / "none.npz"), 8)
     path = tmp_path / "cut.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InputError, match="is damaged: no archive"):
+        open_reference(str(path), 8)
+    with pytest.raises(InputError, match=r"^found: \S+ is no folder"):
+        image_side(str(tmp_path / "nothing"))
     place = _write_npz(path, arr_0=np.zeros((90, 8, 8, 3), np.uint8))
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(InputError, match="is damaged"):

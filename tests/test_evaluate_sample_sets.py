@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_images_depend_on_their_prompt_and_place_alone(captions: Pipeline, tmp_p
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n\n  a dog \nein Bär\n", encoding="utf-8")
     samples = sample_sets.prompts_in_turn(file, 7)
+    digest = hashlib.sha256("a cat\na dog\nein Bär".encode()).hexdigest()
+    assert samples.source == f"{file} ({digest})"
     assert samples.prompts == (*("a cat", "a dog", "ein Bär") * 2, "a cat")
     sampling = SamplingConfig(steps=3, guidance=2.0)
     alone = torch.cat(
@@ -92,6 +95,9 @@ def test_prompt_files_that_do_not_fit(tmp_path: Path) -> None:
     file.write_text(" \n\n")
     with pytest.raises(InputError, match="no prompt in"):
         sample_sets.read_prompts(file)
+    # What editors put before the text is none of it, and a separator inside a line does not end it.
+    file.write_bytes("\ufeffa\r\nb\u2028c\x0bd\n".encode())
+    assert sample_sets.read_prompts(file) == ("a", "b\u2028c\x0bd")
     file.write_text("a\nb\n")
     assert sample_sets.prompts_of_images(file, 2).prompts == ("a", "b")
     with pytest.raises(InputError, match=r"2 prompts in .*, 3 images"):

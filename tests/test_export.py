@@ -6,21 +6,25 @@ import hashlib
 import itertools
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rank_processes import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import checkpoint_tensors, run_training
 from typer.testing import CliRunner
 
+from dsr_scale.base.boxes import Box, Piece
 from dsr_scale.base.errors import InputError
+from dsr_scale.checkpoint import directory, saver
 from dsr_scale.cli.main import app
 from dsr_scale.config.data import DataConfig
+from dsr_scale.config.derive import ModelShape
 from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.diffusion.solvers import time_grid
 from dsr_scale.diffusion.timesteps import draw_noise
@@ -29,11 +33,14 @@ from dsr_scale.evaluate.norms import block_norms
 from dsr_scale.evaluate.training_images import training_images
 from dsr_scale.export.bundle import export_run, read_description
 from dsr_scale.export.pipeline import Pipeline, load
-from dsr_scale.model.build import build_model
+from dsr_scale.model.build import build_model, build_on_meta
 from dsr_scale.telemetry.metrics import read_metrics
 from dsr_scale.telemetry.pictures import image_grid, loss_curve, token_norm_picture
+from dsr_scale.train.state import RunState
 
 PROMPTS = ("skull", "taxi", "old key")
+KINDS = ("weights", "ema_9", "ema_99", "exp_avg", "exp_avg_sq")
+"""What a checkpoint holds of each parameter."""
 GRID = (
     "grid.every_steps=6",
     "grid.prompts=[skull, taxi, old key]",
@@ -120,6 +127,50 @@ def test_velocity_is_that_of_the_trainer_s_average(run: Path, bundle: Path) -> N
         assert ours.std() > 0.1
 
 
+def memory_of(kind: str) -> int:
+    """VmRSS, bytes of memory in use by this process, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+
+
+def export_and_measure(run: Path, out: Path) -> int:
+    """Bytes of memory that an export needs at its peak, beside those before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = memory_of("VmRSS")
+    export_run(run, out, dtype="bf16")
+    return memory_of("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux is needed")
+def test_memory_is_bounded_by_the_model_and_not_by_the_checkpoint(
+    run: Path, tmp_path: Path
+) -> None:
+    state = RunState.from_json(directory.read_run_state(directory.step_directory(run, 6)))
+    shape = ModelShape.model_validate(state.model_shape | {"width": 512, "depth": 3})
+    held = build_on_meta(shape).state_dict()
+    model_bytes = sum(4 * tensor.numel() for tensor in held.values())
+    assert model_bytes > 60e6
+
+    def pieces() -> Iterator[Piece]:
+        for name, tensor in held.items():
+            size = tuple(tensor.shape)
+            box = Box((0,) * len(size), size)
+            buffer = name.endswith(".W")
+            for kind in ("buffers",) if buffer else KINDS:
+                yield Piece(f"{kind}.{name}", size, box, torch.zeros(size))
+
+    target = directory.step_directory(tmp_path / "wide", 6)
+    saver.save(
+        target, pieces(), replace(state, model_shape=shape.model_dump()).to_json(), group=None
+    )
+    checkpoint_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    assert checkpoint_bytes > 4.9 * model_bytes
+    (needed,) = run_ranks(export_and_measure, 1, tmp_path / "wide", tmp_path / "bundle")
+    # In fp32, and what is read at a time, which a gibibyte bounds for larger ones.
+    assert 0.9 * model_bytes < needed < 2.6 * model_bytes, (needed, model_bytes)
+    assert (tmp_path / "bundle" / "model.safetensors").stat().st_size < 0.51 * model_bytes
+
+
 def plain_guided_euler(pipeline: Pipeline, prompt: str, index: int, scale: float) -> torch.Tensor:
     """The sampler written out: data prediction, guidance, Euler on the shifted grid."""
     condition = pipeline.condition([prompt])
@@ -195,10 +246,11 @@ def test_sample_command_writes_a_grid_that_says_how(bundle: Path, tmp_path: Path
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("taxi\n\nold key\n", encoding="utf-8")
     out = tmp_path / "out.png"
-    command = [str(Path(sys.executable).with_name("dsr-scale")), "sample", str(bundle)]
     options = ["--prompt", "skull", "--prompts-file", str(prompts), "--seed", "3", "--batch", "2"]
     options += ["--steps", "4", "--guidance-interval", "0.3,0.9", "--dtype", "bf16"]
-    subprocess.run([*command, *options, "--out", str(out), "--device", "cpu"], check=True)
+    arguments = ["sample", str(bundle), *options, "--out", str(out), "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     settings = {"steps": 4, "guidance_interval": (0.3, 0.9)}
     description = read_description(bundle)
     sampling = description.sampling.model_copy(update=settings)

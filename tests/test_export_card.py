@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from drawn_bundles import write_drawn_bundle
+from drawn_bundles import small_shape, write_drawn_bundle
 from huggingface_hub import ModelCard
 from tiny_runs import run_training
 
@@ -122,6 +123,7 @@ def test_links_lead_to_files_of_the_bundle(bundle: Path) -> None:
 def test_packages_of_training_and_of_the_export(bundle: Path) -> None:
     assert (bundle / "training_packages.txt").read_text() == "newest==1.0\n"
     lines = (bundle / "packages.txt").read_text().splitlines()
+    assert lines[0].startswith(f"# Python {platform.python_version()}, ")
     for name in ("torch", "safetensors", "diffusers"):
         assert f"{name}=={importlib.metadata.version(name)}" in lines
 
@@ -147,6 +149,15 @@ def test_the_null_condition_is_among_the_weights(bundle: Path) -> None:
         after = both()
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
+
+
+def test_variants_of_the_network_are_in_the_recipe(tmp_path: Path) -> None:
+    shape = small_shape(attention_variant="bias", registers_masked=True)
+    write_drawn_bundle(tmp_path / "bias", shape=shape)
+    told = tables((tmp_path / "bias" / "README.md").read_text())
+    assert told["attention"] == ["bias"] and told["registers"] == ["masked from all other tokens"]
+    drawn = load(tmp_path / "bias", device="cpu").sample(["taxi"], seed=0)
+    assert drawn.float().std() > 5
 
 
 def test_without_a_run_the_card_says_less(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from drawn_bundles import small_shape, write_drawn_bundle
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dsr_scale.base.errors import InputError
 from dsr_scale.cli.main import TRAINING_PACKAGES
@@ -162,9 +166,36 @@ app(["sample", sys.argv[1], "--prompt", "skull", "--out", sys.argv[3]], standalo
 """A module that is None cannot be imported, and counts as not installed."""
 
 
-def test_inference_imports_no_training_package(bundle: Path, tmp_path: Path) -> None:
+def plain_install() -> set[str]:
+    """What `pip install dsr-scale` brings: its requirements without extras, and theirs, normalised."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    pending = [Requirement(line) for line in project["project"]["dependencies"]]
+    found: set[str] = set()
+    while pending:
+        requirement = pending.pop()
+        extras = ("", *requirement.extras)
+        name = canonicalize_name(requirement.name)
+        if name not in found:
+            found.add(name)
+            pending += [
+                further
+                for further in map(Requirement, importlib.metadata.requires(name) or ())
+                if further.marker is None
+                or any(further.marker.evaluate({"extra": extra}) for extra in extras)
+            ]
+    return found
+
+
+def test_a_plain_install_is_enough_for_inference(bundle: Path, tmp_path: Path) -> None:
+    """Every module of this environment that a plain install would not have is kept from importing."""
+    installed = plain_install() | {"dsr-scale"}
+    blocked = {
+        module
+        for module, distributions in importlib.metadata.packages_distributions().items()
+        if not installed & set(map(canonicalize_name, distributions))
+    }
     # psutil comes with the plain install, as a requirement of accelerate.
-    blocked = (TRAINING_PACKAGES - {"psutil"}) | {"megatron"}
+    assert blocked >= (TRAINING_PACKAGES - {"psutil"}) | {"megatron"}
     arguments = [str(bundle), ",".join(sorted(blocked)), str(tmp_path / "out.png")]
     done = subprocess.run(
         [sys.executable, "-c", INFERENCE, *arguments], capture_output=True, text=True

@@ -109,6 +109,55 @@ def test_from_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         copy_models(EncodersConfig(text=text("owner/other")), tmp_path)
 
 
+def test_exporting_again_leaves_nothing_of_the_bundle_before(tmp_path: Path) -> None:
+    origin, out = tmp_path / "t5", tmp_path / "bundle"
+    save_tiny(origin, "t5")
+    encoders = EncodersConfig(text=text(str(origin)))
+    write_copy(out, encoders, channels=192, grid=4)
+    assert (out / "text_encoder" / "config.json").is_file()
+    (out / "attention_bias.safetensors").write_bytes(b"of an encoder before")
+    (out / "notes.txt").write_text("mine")
+    write_copy(out, encoders, channels=192, grid=4)
+    assert (out / "text_encoder" / "config.json").is_file()
+    write_drawn_bundle(out)
+    left = {path.name for path in out.iterdir()}
+    assert left == {
+        "README.md",
+        "bundle.json",
+        "model.safetensors",
+        "model_index.json",
+        "notes.txt",
+        "packages.txt",
+    }
+    assert load(out, device="cpu").sample(["taxi"], seed=1).float().std() > 5
+
+
+def test_what_is_not_of_a_bundle_is_never_replaced(tmp_path: Path) -> None:
+    """A person's own directories and README, and frozen networks that lie where a bundle would go."""
+    save_tiny(tmp_path / "t5", "t5")
+    encoders = EncodersConfig(text=text(str(tmp_path / "t5")))
+    others = {
+        "documented": ("README.md", "belongs to no bundle"),
+        "taken": ("text_encoder/weights.bin", "which no bundle there mentions"),
+    }
+    for name, (file, message) in others.items():
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(InputError, match=message):
+            write_copy(tmp_path / name, encoders, channels=192, grid=4)
+        kept = [one for one in (tmp_path / name).rglob("*") if one.is_file()]
+        assert kept == [path] and path.read_text() == "mine"
+
+    bundle = write_copy(tmp_path / "bundle", encoders, channels=192, grid=4)
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    inside = EncodersConfig(text=text(str(bundle / "text_encoder")))
+    for copy in (True, False):
+        with pytest.raises(InputError, match="inside"):
+            write_drawn_bundle(bundle, inside, copy_encoders=copy)
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+
+
 def test_a_checkpoint_without_weights(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -123,13 +123,13 @@ def bundle(
     from dsr_scale.export import published
     from dsr_scale.export.published_files import read_published
 
+    setting = released_for(encoder)
+    if prediction is not None:
+        setting = setting._replace(prediction=prediction.value)
     file = read_published(source)
     kind = file.kind(weights)
     unstated = published.Unstated(register_start, heads, head_heads, head_depth)
     shape = published.infer_shape(file.states[kind], unstated)
-    setting = released_for(encoder)
-    if prediction is not None:
-        setting = setting._replace(prediction=prediction.value)
     setting.check_network(shape)
     encoders = _encoders(setting, statistics, decoder)
     _tell_drift(published.check_published(file.states[kind], shape, f"{source} ({kind})"))

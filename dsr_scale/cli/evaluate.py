@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dsr_scale.config.diffusion import SamplingConfig
-    from dsr_scale.evaluate.heldout_loss import HeldOutSet
     from dsr_scale.evaluate.metrics import Benchmarks, Metric
+    from dsr_scale.evaluate.offline import Subject
     from dsr_scale.evaluate.reference_set import ReferenceImages
     from dsr_scale.evaluate.report import Report
     from dsr_scale.evaluate.sample_sets import SampleSet
@@ -93,50 +94,35 @@ def evaluate(
 
     from dsr_scale.base.atomic_files import require_writable_directory
     from dsr_scale.cli.placement import usable_device
-    from dsr_scale.evaluate.offline import Settings, Subject
+    from dsr_scale.evaluate.counting import JudgeWeights
+    from dsr_scale.evaluate.offline import Settings
     from dsr_scale.evaluate.offline import evaluate as compute
-    from dsr_scale.evaluate.reference_set import image_side, open_existing, open_reference
-    from dsr_scale.export.bundle import read_description
     from dsr_scale.telemetry.progress import work_bar
 
     chosen = None if metrics is None else _metrics(metrics)
-    _require_one_source(
-        bundle, prompts_file, geneval, dpg, class_balanced, data, samples, images, held_out
-    )
-    description = None if bundle is None else read_description(bundle)
-    if description is not None:
-        resolution = description.resolution
-    else:
-        assert images is not None
-        resolution = image_side(images)
-    existing = None if images is None else open_existing(images, resolution)
-    benchmarks = _benchmarks(geneval, dpg)
-    subject = Subject(
+    given = _Given(
         bundle=bundle,
-        description=description,
-        samples=_sample_set(
-            description,
-            prompts_file,
-            benchmarks,
-            class_balanced,
-            data,
-            samples,
-            existing,
-        ),
-        images=existing,
-        reference=None if reference is None else open_reference(reference, resolution),
-        benchmarks=benchmarks,
-        held_out=_held_out(held_out, description, held_out_samples),
+        images=images,
+        prompts_file=prompts_file,
+        geneval=geneval,
+        dpg=dpg,
+        class_balanced=class_balanced,
+        data=data,
+        samples=samples,
+        reference=reference,
+        held_out=held_out,
+        held_out_samples=held_out_samples,
+        steps=steps,
+        guidance=guidance,
     )
+    _require_consistent(given)
+    subject = _subject(given)
     settings = Settings(
-        sampling=_sampling(description, steps, guidance),
+        sampling=_sampling(subject.description, given),
         seed=seed,
         batch=batch,
         device=usable_device(device),
-        inception_weights=inception_weights,
-        clip_model=clip,
-        detector=detector,
-        vqa_model=vqa,
+        weights=JudgeWeights(inception_weights, clip, detector, vqa),
     )
     require_writable_directory(out)
     console = Console(stderr=True, highlight=False)
@@ -150,6 +136,30 @@ def evaluate(
     path = report.write(out)
     _show(report, Console())
     console.print(f"numbers, settings and versions → {path}", markup=False)
+    _require_numbers(report, path)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The options that say which images, and against what."""
+
+    bundle: Path | None
+    images: str | None
+    prompts_file: Path | None
+    geneval: Path | None
+    dpg: Path | None
+    class_balanced: int | None
+    data: str | None
+    samples: int | None
+    reference: str | None
+    held_out: str | None
+    held_out_samples: int | None
+    steps: int | None
+    guidance: float | None
+
+    def named(self, *names: str) -> list[str]:
+        """Those of the options that were given, as they are written."""
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name) is not None]
 
 
 def _metrics(text: str) -> list[Metric]:
@@ -167,40 +177,77 @@ def _metrics(text: str) -> list[Metric]:
     return [Metric(name) for name in names]
 
 
-def _require_one_source(
-    bundle: Path | None,
-    prompts_file: Path | None,
-    geneval: Path | None,
-    dpg: Path | None,
-    class_balanced: int | None,
-    data: str | None,
-    samples: int | None,
-    images: str | None,
-    held_out: str | None,
-) -> None:
-    """Raises InputError for options that contradict each other, or that lack the bundle they need."""
+def _require_consistent(given: _Given) -> None:
+    """Raises InputError for options that contradict each other, have no effect, or lack the bundle."""
     from dsr_scale.base.errors import InputError
 
-    prompts = {"--prompts-file": prompts_file, "--geneval": geneval, "--dpg": dpg}
-    drawn = {"--class-balanced": class_balanced, "--data": data, "--images": images}
-    of_prompts = [option for option, value in prompts.items() if value is not None]
-    others = [option for option, value in drawn.items() if value is not None]
-    sources = len(of_prompts) + len(others) - (images is not None and len(of_prompts) > 0)
-    counted = images or class_balanced or geneval or dpg
-    if sources > 1 or (samples is not None and counted):
-        found = of_prompts + others + (["--samples"] if samples is not None else [])
+    prompts = given.named("prompts_file", "geneval", "dpg")
+    drawn = given.named("class_balanced", "data")
+    images = given.named("images")
+    sources = prompts + drawn + images
+    if len(prompts + drawn) > 1 or (images and drawn):
         raise InputError(
-            found=" and ".join(found),
+            found=" and ".join(sources),
             required="one set of images: --prompts-file, --geneval, --dpg, --class-balanced N, --data "
-            "or --images; --samples with --prompts-file or --data only",
+            "or --images; of --images, the prompts may be said",
             remedy="leave one of them out",
         )
-    if bundle is None and (images is None or held_out is not None):
+    if given.bundle is None and (not images or given.held_out is not None):
         raise InputError(
             found="no bundle",
             required="a directory written by dsr-scale export, unless --images are evaluated",
             remedy="name the bundle first: dsr-scale evaluate BUNDLE …",
         )
+    counted = not images and (given.prompts_file is not None or given.data is not None)
+    without_effect = [
+        *([] if counted else given.named("samples")),
+        *([] if sources and not images else given.named("steps", "guidance")),
+        *([] if given.held_out is not None else given.named("held_out_samples")),
+    ]
+    if without_effect:
+        raise InputError(
+            found=f"{' and '.join(without_effect)} with {' and '.join(sources) or 'nothing to draw'}",
+            required="--samples with --prompts-file or --data, --steps and --guidance where images are "
+            "drawn, --held-out-samples with --held-out",
+            remedy="leave it out, or give the option that it goes with",
+        )
+
+
+def _subject(given: _Given) -> Subject:
+    """Opens all that is named. Raises InputError for what is not there or does not fit."""
+    from dsr_scale.evaluate.heldout_loss import HeldOutSet
+    from dsr_scale.evaluate.offline import Subject
+    from dsr_scale.evaluate.reference_set import (
+        data_at,
+        image_side,
+        open_existing,
+        open_reference,
+    )
+    from dsr_scale.export.bundle import read_description
+
+    description = None if given.bundle is None else read_description(given.bundle)
+    if description is not None:
+        resolution = description.resolution
+    else:
+        assert given.images is not None
+        resolution = image_side(given.images)
+    existing = None if given.images is None else open_existing(given.images, resolution)
+    benchmarks = _benchmarks(given.geneval, given.dpg)
+    held_out = None
+    if given.held_out is not None:
+        assert description is not None
+        source = data_at(given.held_out, resolution)
+        held_out = HeldOutSet(source, description.shape, given.held_out_samples)
+    return Subject(
+        bundle=given.bundle,
+        description=description,
+        resolution=resolution,
+        samples=_sample_set(given, description, benchmarks, existing),
+        images=existing,
+        reference=None if given.reference is None else open_reference(given.reference, resolution),
+        benchmarks=benchmarks,
+        held_out=held_out,
+    )
 
 
 def _benchmarks(geneval: Path | None, dpg: Path | None) -> Benchmarks:
@@ -214,53 +261,36 @@ def _benchmarks(geneval: Path | None, dpg: Path | None) -> Benchmarks:
 
 
 def _sample_set(
+    given: _Given,
     description: BundleDescription | None,
-    prompts_file: Path | None,
     benchmarks: Benchmarks,
-    class_balanced: int | None,
-    data: str | None,
-    count: int | None,
     existing: ReferenceImages | None,
 ) -> SampleSet | None:
     from dsr_scale.evaluate import sample_sets
     from dsr_scale.evaluate.reference_set import data_at
 
-    if prompts_file is not None and existing is not None:
-        return sample_sets.prompts_of_images(prompts_file, existing.count)
-    if prompts_file is not None:
-        return sample_sets.prompts_in_turn(prompts_file, count)
+    if given.prompts_file is not None and existing is not None:
+        return sample_sets.prompts_of_images(given.prompts_file, existing.count)
+    if given.prompts_file is not None:
+        return sample_sets.prompts_in_turn(given.prompts_file, given.samples)
     for benchmark in benchmarks:
         if benchmark is not None:
             return benchmark.sample_set(None if existing is None else existing.count)
     if description is None:
         return None
-    if class_balanced is not None:
-        return sample_sets.class_balanced(description.shape, class_balanced)
-    if data is not None:
-        source = data_at(data, description.resolution)
-        return sample_sets.captions_of(source, description.shape, count)
+    if given.class_balanced is not None:
+        return sample_sets.class_balanced(description.shape, given.class_balanced)
+    if given.data is not None:
+        source = data_at(given.data, description.resolution)
+        return sample_sets.captions_of(source, description.shape, given.samples)
     return None
 
 
-def _held_out(
-    place: str | None, description: BundleDescription | None, count: int | None
-) -> HeldOutSet | None:
-    from dsr_scale.evaluate.heldout_loss import HeldOutSet
-    from dsr_scale.evaluate.reference_set import data_at
-
-    if place is None or description is None:
-        return None
-    source = data_at(place, description.resolution)
-    return HeldOutSet(source, description.shape, count)
-
-
-def _sampling(
-    description: BundleDescription | None, steps: int | None, guidance: float | None
-) -> SamplingConfig | None:
+def _sampling(description: BundleDescription | None, given: _Given) -> SamplingConfig | None:
     if description is None:
         return None
-    given = {"steps": steps, "guidance": guidance}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    options = {"steps": given.steps, "guidance": given.guidance}
+    chosen = {name: value for name, value in options.items() if value is not None}
     return description.sampling.model_copy(update=chosen)
 
 
@@ -269,13 +299,26 @@ def _show(report: Report, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from dsr_scale.evaluate.report import by_reason
+
     table = Table("metric", "value")
     for name, value in report.values.items():
         table.add_row(name, f"{value:.6g}")
     console.print(table)
-    lacking: dict[str, list[str]] = {}
-    for name, reason in sorted(report.not_computed.items()):
-        lacking.setdefault(reason, []).append(name)
-    for reason, names in lacking.items():
-        line = Text.assemble((f"{', '.join(names)} not computed: ", "yellow"), reason)
-        console.print(line, soft_wrap=True)  # whole addresses, to be copied
+    for title, reasons in (("not computed", report.not_computed), ("no number", report.failed)):
+        for names, reason in by_reason(reasons).items():
+            line = Text.assemble((f"{names} {title}: ", "yellow"), reason)
+            console.print(line, soft_wrap=True)  # whole addresses, to be copied
+    if unusable := report.settings.get("reference", {}).get("unusable"):
+        console.print(Text.assemble(("reference: ", "yellow"), unusable), soft_wrap=True)
+
+
+def _require_numbers(report: Report, path: Path) -> None:
+    from dsr_scale.base.errors import InputError
+
+    if report.failed:
+        raise InputError(
+            found=f"no number of {', '.join(report.failed)}, as said above",
+            required="a number of every metric that is computed",
+            remedy=f"correct what is named; the other metrics are in {path}",
+        )

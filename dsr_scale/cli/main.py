@@ -50,6 +50,7 @@ TRAINING_PACKAGES = {
     "cryptography",
     "diskcache",
     "flufl",
+    "lpips",
     "plotext",
     "psutil",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from enum import StrEnum
 from pathlib import Path
@@ -87,17 +88,27 @@ def outliers(
     findings: list[Findings] = []
     # Both are checked before either is measured, and loaded one after the other: two large networks
     # then need the memory of one.
-    for load in [find_target(name, how) for name in (target, against) if name is not None]:
+    names = [name for name in (target, against) if name is not None]
+    for name, load in [(name, find_target(name, how)) for name in names]:
         opened = load()
         with work_bar(console) as bar:
             task = bar.add_task(opened.name, total=image_forwards(opened, how))
-            findings += measure(opened, how, lambda done, task=task: bar.advance(task, done))
+            found = measure(opened, how, lambda done, task=task: bar.advance(task, done))
+        findings += [_apart(one, findings, name) for one in found]
         del opened
     for found in findings:
         console.print(_table(found))
     save_findings(findings, out)
-    report = write_report(findings, out)
+    with console.status("drawing the report"):
+        report = write_report(findings, out)
     console.print(f"→ {report}", markup=False, soft_wrap=True)
+
+
+def _apart(found: Findings, before: list[Findings], target: str) -> Findings:
+    """`found` under a name that none of those before it has: two bundles may be called `bundle`."""
+    if found.name not in [other.name for other in before]:
+        return found
+    return dataclasses.replace(found, name=f"{found.name} ({target})")
 
 
 def _require_matplotlib() -> None:

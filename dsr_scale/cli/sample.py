@@ -1,7 +1,9 @@
-"""`dsr-scale sample`: prompts and a bundle → a PNG grid that remembers how it was made."""
+"""`dsr-scale sample`: a bundle and prompts → a PNG grid that remembers how it was made, or a page."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +15,10 @@ from dsr_scale import __version__
 from dsr_scale.base.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dsr_scale.config.diffusion import SamplingConfig
+    from dsr_scale.evaluate.demo import Demo
     from dsr_scale.export.pipeline import Pipeline
 
 
@@ -69,11 +74,27 @@ def sample(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks first: for many images.")
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Instead of writing a PNG, serve a page on this machine that draws images and shows "
+            "their token norms; it begins with the settings given here.",
+        ),
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Of that page; default: the first free from 7860 on."),
+    ] = None,
 ) -> None:
     """Draw one image per prompt."""
     from rich.console import Console
 
-    prompts = _prompts(prompt or [], prompts_file)
+    prompts = list(prompt or [])
+    if serve:
+        _require_servable(prompts, prompts_file)
+    else:
+        prompts = _prompts(prompts, prompts_file)
     given = {
         "steps": steps,
         "solver": solver and solver.value,
@@ -86,7 +107,8 @@ def sample(
     from dsr_scale.telemetry.pictures import image_grid
     from dsr_scale.telemetry.progress import work_bar
 
-    require_writable_directory(out.parent)
+    if not serve:
+        require_writable_directory(out.parent)
     description = read_description(bundle)
     sampling = _sampling(description.sampling, given)
     precision = None if dtype is None else dtype.value
@@ -95,10 +117,27 @@ def sample(
     if autoguidance is not None:
         weaker = load(autoguidance, device=device.value, dtype=precision, compile=compile)
         _require_same_latents(pipeline, bundle, weaker, autoguidance)
+    origin = {
+        "bundle": str(bundle),
+        "model": json.dumps(description.identity),
+        "device": str(pipeline.device),
+        "dtype": precision or description.dtype,
+        "compile": str(compile).lower(),
+        "software": f"dsr-scale {__version__}",
+    }
+    if autoguidance is not None:
+        origin["autoguidance"] = json.dumps(read_description(autoguidance).identity)
     console = Console(stderr=True)
+    if serve:
+        from dsr_scale.evaluate.demo import Demo
+
+        made_by = description.provenance
+        title = f"{bundle.resolve().name}: {made_by.run_name}, step {made_by.step}"
+        first = prompts[0] if prompts else ""
+        _serve(Demo(pipeline, sampling, title, first, seed, weaker, origin), port, console)
+        return
     with work_bar(console) as bar:
-        chunks = -(-len(prompts) // batch)
-        task = bar.add_task("sampling", total=chunks * sampling.steps)
+        task = bar.add_task("sampling", total=-(-len(prompts) // batch) * sampling.steps)
         images = pipeline.sample(
             prompts,
             seed=seed,
@@ -107,22 +146,37 @@ def sample(
             weaker=weaker,
             on_step=lambda done, total: bar.advance(task),
         )
-    metadata = {
-        "prompts": "\n".join(prompts),
-        "seed": str(seed),
-        "sampling": sampling.model_dump_json(),
-        "bundle": str(bundle),
-        "model": json.dumps(description.identity),
-        "device": str(pipeline.device),
-        "dtype": precision or description.dtype,
-        "compile": str(compile).lower(),
-        "batch": str(batch),
-        "software": f"dsr-scale {__version__}",
-    }
-    if autoguidance is not None:
-        metadata["autoguidance"] = json.dumps(read_description(autoguidance).identity)
+    settings = {"seed": str(seed), "sampling": sampling.model_dump_json(), "batch": str(batch)}
+    metadata = {"prompts": "\n".join(prompts), **settings, **origin}
     image_grid([("", images)], prompts, out, side=max(96, images.shape[-1]), metadata=metadata)
-    console.print(f"{len(prompts)} images → {out}")
+    console.print(f"{len(prompts)} images → {out}", markup=False)
+
+
+def _require_servable(prompts: list[str], prompts_file: Path | None) -> None:
+    """Raises InputError for what a page cannot begin with, and without what it is made of."""
+    if prompts_file is not None or len(prompts) > 1:
+        raise InputError(
+            found="--serve with several prompts",
+            required="one --prompt at most: the page draws one image at a time",
+            remedy="leave --serve out to draw them all, or give the first alone",
+        )
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError(
+            found="no package gradio",
+            required="what the page of --serve is made of",
+            remedy="pip install 'dsr-scale[web]'",
+        )
+
+
+def _serve(demo: Demo, port: int | None, console: Console) -> None:
+    """Serves the page until the person at the terminal ends it."""
+    import threading
+
+    from dsr_scale.evaluate.demo import serving
+
+    with contextlib.suppress(KeyboardInterrupt), serving(demo, port=port) as address:
+        console.print(f"{demo.title} → {address} (Ctrl-C ends it)", markup=False)
+        threading.Event().wait()
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -169,23 +223,9 @@ def _require_same_latents(
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
-    prompts = list(given)
-    if file is not None:
-        if not file.is_file():
-            raise InputError(
-                found=f"no prompt file {file}",
-                required="a text file with one caption per line",
-                remedy="check the path given with --prompts-file",
-            )
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                found=f"{file} is not UTF-8 text: {error}",
-                required="one caption per line, in UTF-8",
-                remedy="convert the file",
-            ) from error
-        prompts += [line.strip() for line in lines if line.strip()]
+    from dsr_scale.evaluate.sample_sets import read_prompts
+
+    prompts = [*given, *(read_prompts(file) if file is not None else ())]
     if not prompts:
         raise InputError(
             found="no prompt",

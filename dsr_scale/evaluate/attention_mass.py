@@ -6,7 +6,9 @@ in float32, a few images at a time: no code of a model changes, and memory is bo
 `_PROBABILITIES_AT_ONCE`, not by the batch.
 
 Counted is the attention *of image tokens*, averaged over heads; which tokens have a large norm is
-decided on what enters the block, since that is what the attention reads.
+decided on what enters the block, since that is what the attention reads. The extra key of an attention
+bias, or of softmax-off-by-one, is a key like others: what goes there went to no token. A gate on the
+heads' outputs is not counted, as it does not change where attention goes.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from dsr_scale.encoders.patch_norms import removed
@@ -43,23 +46,33 @@ class AttentionReading(NamedTuple):
     q: Tensor
     """[B,heads,N,d], rotated."""
     k: Tensor
-    """[B,heads,M,d], rotated; M = N but in cross-attention."""
+    """[B,heads,M,d], rotated; M = N, N+1 with an extra key (the last), or text tokens."""
     mask: Tensor | None
     """Keys [B,1,1,M], True = seen."""
+    hidden: int = 0
+    """So many first rows are seen by each other only: registers that are masked from patches."""
 
     @property
     def visible(self) -> Tensor:
-        """Which keys are seen: bool [B,M]."""
+        """Which keys a row after the hidden ones sees: bool [B,M]."""
+        return self.visible_to(self.q.shape[2])
+
+    def visible_to(self, row: int) -> Tensor:
+        """Which keys query `row` sees: bool [B,M]."""
+        shape = (len(self.k), self.k.shape[2])
         if self.mask is None:
-            shape = (len(self.k), self.k.shape[-2])
-            return torch.ones(shape, dtype=torch.bool, device=self.k.device)
-        return self.mask[:, 0, 0]
+            seen = torch.ones(shape, dtype=torch.bool, device=self.k.device)
+        else:
+            seen = self.mask[:, 0, 0].expand(shape)
+        if row < self.hidden:
+            return seen
+        return seen & (torch.arange(shape[1], device=seen.device) >= self.hidden)
 
     def of_first(self, images: int) -> AttentionReading:
         """The same of the first images alone."""
         mask = None if self.mask is None else self.mask[:images]
-        return AttentionReading(
-            self.block, self.entering[:images], self.q[:images], self.k[:images], mask
+        return self._replace(
+            entering=self.entering[:images], q=self.q[:images], k=self.k[:images], mask=mask
         )
 
 
@@ -77,26 +90,31 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 def received(reading: AttentionReading, queries: slice) -> tuple[Tensor, Tensor]:
     """Mass [B,M] that each key receives from a row of `queries`, averaged over heads and rows.
 
-    Beside it the entropy of such a row [B], over that of uniform attention to the seen keys.
+    None of these rows is a hidden one. Beside it the entropy of such a row [B], over that of uniform
+    attention to the seen keys.
     """
-    q, k, mask = reading.q[:, :, queries], reading.k, reading.mask
+    q, k, seen = reading.q[:, :, queries], reading.k, reading.visible
     images = max(1, _PROBABILITIES_AT_ONCE // (q[0, ..., 0].numel() * k.shape[-2]))
     masses, entropies = [], []
     for first in range(0, len(q), images):
         part = slice(first, first + images)
-        p = probabilities(q[part], k[part], None if mask is None else mask[part])
+        p = probabilities(q[part], k[part], seen[part, None, None])
         masses.append(p.mean((1, 2)))
         entropies.append(torch.special.entr(p).sum(-1).mean((1, 2)))
-    uniform = reading.visible.sum(1).float().log()
+    uniform = seen.sum(1).float().log()
     return torch.cat(masses), torch.cat(entropies) / uniform
 
 
 def attention_of(reading: AttentionReading, rows: Tensor) -> Tensor:
-    """Attention of each image's query `rows` [B,R] int64 to every key, mean over heads: [B,R,M]."""
+    """Attention of each image's query `rows` [B,R] int64 to every key, mean over heads: [B,R,M].
+
+    Either all or none of the rows are hidden ones.
+    """
+    seen = reading.visible_to(int(rows.min()))
     q = reading.q.gather(
         2, rows[:, None, :, None].expand(-1, reading.q.shape[1], -1, reading.q.shape[3])
     )
-    return probabilities(q, reading.k, reading.mask).mean(1)
+    return probabilities(q, reading.k, seen[:, None, None]).mean(1)
 
 
 def top_norm_tokens(norms: Tensor) -> Tensor:
@@ -110,12 +128,14 @@ def self_attention_measures(
 ) -> dict[str, Tensor]:
     """Measures [B] of `received` by the image's queries; NaN for sorts of tokens that are absent."""
     visible = reading.visible
+    tokens = reading.entering.shape[1]
     top = top_norm_tokens(reading.entering[:, rows.image])
     groups = {
         "registers": (rows.registers, None),
         "top_norm": (rows.image, top),
         "text": (rows.text, None),
         "special": (rows.special, None),
+        "extra_key": (slice(tokens, None), None),
         "rest": (rows.image, ~top),
     }
     values = {"attention_entropy": entropy}
@@ -185,12 +205,19 @@ def observed_vit(encoder: VitEncoder, on_self: OnAttention) -> Iterator[None]:
 def queries_and_keys(
     attention: Attention, x: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What `attention` compares for x [B,N,D]: queries and keys [B,heads,N,d], normed and rotated."""
+    """What `attention` compares for x [B,N,D], normed and rotated: queries and keys [B,heads,N,d].
+
+    An attention bias and softmax-off-by-one add their key as the last one.
+    """
     qkv = attention.qkv(x).unflatten(-1, (3, -1, attention.head_dim))
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if cos is not None and sin is not None:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if attention.variant == "bias":
+        k = torch.cat([k, attention.sink.key[None, :, None].expand(len(k), -1, -1, -1)], dim=2)
+    elif attention.variant == "off_by_one":
+        k = functional.pad(k, (0, 0, 0, 1))
     return q, k
 
 
@@ -206,7 +233,9 @@ def _read_self(name: str, kept: dict[str, Tensor], tell: OnAttention) -> Callabl
     def hook(attention: Attention, inputs: tuple[Any, ...]) -> None:
         x, cos, sin, mask = inputs
         q, k = queries_and_keys(attention, x, cos, sin)
-        tell(AttentionReading(name, kept["entering"], q, k, mask))
+        if mask is not None and k.shape[2] > x.shape[1]:
+            mask = functional.pad(mask, (0, 1), value=True)
+        tell(AttentionReading(name, kept["entering"], q, k, mask, attention.hidden))
 
     return hook
 

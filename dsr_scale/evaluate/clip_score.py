@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsr_scale.base.torchvision_operators import declare_torchvision_operators
@@ -36,26 +37,37 @@ class ClipScorer:
         )
         self._device = device
 
-    @torch.inference_mode()
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B], 0 to 100, of uint8 images [B,3,H,W] for their B prompts."""
+        pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        cosine = (self.embed_images(pictures) * self.embed_texts(prompts)).sum(dim=-1)
+        return 100 * cosine.clamp(min=0)
+
+    @torch.inference_mode()
+    def embed_images(self, pictures: Sequence[object]) -> Tensor:
+        """Unit vectors [B,D] of B Pillow images or uint8 arrays [H,W,3], of any sizes."""
+        # Said, since a picture of one or three rows would be taken for channels first.
         pixels = self._preprocess(
-            list(images.permute(0, 2, 3, 1).cpu().numpy()), return_tensors="pt"
-        )
+            list(pictures), return_tensors="pt", input_data_format="channels_last"
+        )["pixel_values"]
+        seen = self._model.vision_model(pixels.to(self._device)).pooler_output
+        return F.normalize(self._model.visual_projection(seen), dim=-1)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [B,D]."""
         tokens = self._tokenize(
-            list(prompts),
+            list(texts),
             padding=True,
             truncation=True,
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        output = self._model(
-            pixel_values=pixels["pixel_values"].to(self._device),
+        read = self._model.text_model(
             input_ids=tokens["input_ids"].to(self._device),
             attention_mask=tokens["attention_mask"].to(self._device),
-        )
-        cosine = (output.image_embeds * output.text_embeds).sum(dim=-1)
-        return 100 * cosine.clamp(min=0)
+        ).pooler_output
+        return F.normalize(self._model.text_projection(read), dim=-1)
 
 
 class ClipSums:

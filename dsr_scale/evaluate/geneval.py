@@ -2,9 +2,9 @@
 
 A detector looks for COCO's classes, CLIP names the colours, and an image is right or wrong. The rules
 are those of Ghosh et al. 2023: objects count above a score of 0.3, or 0.9 where they are to be counted,
-since a second box on the same object would be a wrong number; colour and place are asked of the
-best-scored objects only; a prompt has four images; the score is the mean of the kinds' means, so a kind
-with few prompts weighs as much as one with many.
+since a second box on the same object would be a wrong number; objects that overlap all count; colour
+and place are asked of the best-scored objects only; a prompt has four images; the score is the mean of
+the kinds' means, so a kind with few prompts weighs as much as one with many.
 
 The published scores come from mmdet's Mask2Former. With other weights, the same architecture trained
 anew included, scores compare with each other and not with those.
@@ -41,9 +41,6 @@ THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
 """Of one class in one image; the best-scored are kept."""
-MAX_OVERLAP = 1.0
-"""Intersection over union from which the worse of two objects of a class is dropped; 1 drops none,
-as published, since these detectors are trained to give each object once."""
 POSITION_MARGIN = 0.1
 """Part of the two objects' summed extent by which their centres must be apart to count as apart."""
 
@@ -160,33 +157,7 @@ def counted(objects: Sequence[DetectedObject], tag: str) -> dict[str, list[Detec
     for found in sorted(objects, key=lambda one: -one.score):
         if found.score > threshold:
             of_class.setdefault(class_name(found.label), []).append(found)
-    return {name: without_repeats(all_of[:MAX_OBJECTS]) for name, all_of in of_class.items()}
-
-
-def without_repeats(
-    objects: Sequence[DetectedObject], max_overlap: float = MAX_OVERLAP
-) -> list[DetectedObject]:
-    """Objects of one class, best first, less those that overlap a better one by `max_overlap`."""
-    if max_overlap == 1:
-        return list(objects)
-    kept: list[DetectedObject] = []
-    for found in objects:
-        if all(overlap(found.box, better.box) < max_overlap for better in kept):
-            kept.append(found)
-    return kept
-
-
-def overlap(a: Box, b: Box) -> float:
-    """Intersection over union, 0 to 1; right and bottom edges count in, as published."""
-    both = Box(
-        max(a.left, b.left), max(a.top, b.top), min(a.right, b.right), min(a.bottom, b.bottom)
-    )
-    shared = _area(both)
-    return shared / (_area(a) + _area(b) - shared)
-
-
-def _area(box: Box) -> float:
-    return max(box.right - box.left + 1, 0) * max(box.bottom - box.top + 1, 0)
+    return {name: all_of[:MAX_OBJECTS] for name, all_of in of_class.items()}
 
 
 def positions(a: Box, b: Box) -> set[str]:

@@ -56,6 +56,7 @@ class Metric(StrEnum):
 
 OF_REFERENCE = frozenset({Metric.fid, Metric.sfid, Metric.precision_recall})
 OF_INCEPTION = OF_REFERENCE | {Metric.inception_score}
+OF_CLIP = frozenset({Metric.clip_score, Metric.geneval})
 OF_BENCHMARKS = frozenset({Metric.geneval, Metric.dpg})
 OF_IMAGES = OF_INCEPTION | OF_BENCHMARKS | {Metric.clip_score}
 
@@ -118,6 +119,8 @@ class ImageSums:
 
         Raises InputError when it is not a multiple of the prompts of a benchmark that is wanted.
         """
+        self.metrics = tuple(metric for metric in Metric if metric in metrics)
+        """Those that are computed of the sums, in a fixed order."""
         wanted = metrics.__contains__
         self.pool = FeatureMoments(POOL_CHANNELS, device) if wanted(Metric.fid) else None
         self.spatial = FeatureMoments(SPATIAL_CHANNELS, device) if wanted(Metric.sfid) else None
@@ -204,28 +207,21 @@ def real_images(reference: Reference, seen: ImageSums | None) -> RealImages:
 def values(sums: ImageSums, real: RealImages) -> dict[str, float]:
     """The metrics' numbers by name, from the sums of all ranks.
 
+    Raises the InputError of the first metric that has none.
+    """
+    found: dict[str, float] = {}
+    for metric in sums.metrics:
+        found |= values_of(metric, sums, real)
+    return found
+
+
+def values_of(metric: Metric, sums: ImageSums, real: RealImages) -> dict[str, float]:
+    """One metric's numbers by name.
+
     Raises InputError for too few images, statistics without a real square root, and values that are
     not finite.
     """
-    found: dict[str, float] = {}
-    if sums.pool is not None:
-        assert real.pool is not None
-        found["fid"] = frechet_distance(sums.pool.gaussian("fid"), real.pool)
-    if sums.spatial is not None:
-        assert real.spatial is not None
-        found["sfid"] = frechet_distance(sums.spatial.gaussian("sfid"), real.spatial)
-    if sums.score is not None:
-        found["inception_score"], found["inception_score_std"] = sums.score.score()
-    if sums.rows is not None:
-        assert real.features is not None
-        generated = sums.rows.features()
-        found |= precision_recall(real.features.to(generated.device), generated)._asdict()
-    if sums.clip is not None:
-        found["clip_score"] = sums.clip.mean()
-    if sums.geneval is not None:
-        found |= sums.geneval.values()
-    if sums.dpg is not None:
-        found |= sums.dpg.values()
+    found = _computed(metric, sums, real)
     for name, value in found.items():
         if not math.isfinite(value):
             raise InputError(
@@ -234,6 +230,35 @@ def values(sums: ImageSums, real: RealImages) -> dict[str, float]:
                 remedy="check the weights that judge the images: Inception's or CLIP's",
             )
     return found
+
+
+def _computed(metric: Metric, sums: ImageSums, real: RealImages) -> dict[str, float]:
+    match metric:
+        case Metric.fid:
+            assert sums.pool is not None and real.pool is not None
+            return {"fid": frechet_distance(sums.pool.gaussian("fid"), real.pool)}
+        case Metric.sfid:
+            assert sums.spatial is not None and real.spatial is not None
+            return {"sfid": frechet_distance(sums.spatial.gaussian("sfid"), real.spatial)}
+        case Metric.inception_score:
+            assert sums.score is not None
+            mean, std = sums.score.score()
+            return {"inception_score": mean, "inception_score_std": std}
+        case Metric.precision_recall:
+            assert sums.rows is not None and real.features is not None
+            generated = sums.rows.features()
+            return precision_recall(real.features.to(generated.device), generated)._asdict()
+        case Metric.clip_score:
+            assert sums.clip is not None
+            return {"clip_score": sums.clip.mean()}
+        case Metric.geneval:
+            assert sums.geneval is not None
+            return sums.geneval.values()
+        case Metric.dpg:
+            assert sums.dpg is not None
+            return sums.dpg.values()
+        case Metric.held_out_loss:
+            raise AssertionError("not a metric of images")
 
 
 def obstacle(
@@ -250,22 +275,20 @@ def obstacle(
     `images` is how many are to be evaluated, `prompts` whether it is known what they are to show.
     """
     if metric is Metric.held_out_loss:
-        return None if held_out else _lacks(metric, "held-out set", "--held-out SHARDS")
+        return None if held_out else _lacks("held-out set", "--held-out SHARDS")
     if metric in OF_BENCHMARKS and getattr(benchmarks, metric) is None:
-        return _lacks(metric, f"prompts of {metric}", f"--{metric} FILE")
+        return _lacks(f"prompts of {metric}", f"--{metric} FILE")
     if images == 0:
-        return _lacks(
-            metric, "images to evaluate", "--prompts-file, --class-balanced, --data or --images"
-        )
+        return _lacks("images to evaluate", "--prompts-file, --class-balanced, --data or --images")
     if metric is Metric.clip_score and not prompts:
-        return _lacks(metric, "captions of the images", "--prompts-file or --data")
+        return _lacks("captions of the images", "--prompts-file or --data")
     if metric in OF_REFERENCE and reference is None:
-        return _lacks(metric, "reference", "--reference FOLDER, SHARDS or FILE.npz")
+        return _lacks("reference", "--reference FOLDER, SHARDS or FILE.npz")
     try:
         require_samples(metric, images, IMAGES_NEEDED[metric])
         if reference is not None and metric in metrics_of_real_images({metric}, reference):
             if reference.images is None:
-                return _lacks(metric, f"images or statistics of it in {reference.where}", _NPZ)
+                return _lacks(f"images or statistics of it in {reference.where}", _NPZ)
             require_samples(f"{metric} (reference)", reference.images.count, IMAGES_NEEDED[metric])
     except InputError as error:
         return error
@@ -275,7 +298,7 @@ def obstacle(
 _NPZ = "--reference with a folder of images, or a .npz that has arr_0"
 
 
-def _lacks(metric: Metric, what: str, option: str) -> InputError:
+def _lacks(what: str, option: str) -> InputError:
     return InputError(
-        found=f"no {what}", required=f"what {metric} is computed from", remedy=f"give {option}"
+        found=f"no {what}", required="what it is computed from", remedy=f"give {option}"
     )

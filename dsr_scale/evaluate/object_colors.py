@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dsr_scale.base.torchvision_operators import declare_torchvision_operators
-from dsr_scale.encoders.loading import load_transformer, loading_errors
-from dsr_scale.encoders.locate import locate
+from dsr_scale.evaluate.clip_score import ClipScorer
 from dsr_scale.evaluate.detection import DetectedObject
 
 COLORS = (
@@ -51,36 +49,20 @@ def object_crop(image: Tensor, found: DetectedObject) -> Image.Image:
 
 
 class ColorClassifier:
-    """A frozen CLIP model with its own preprocessing, on one device."""
+    """Names colours by a CLIP model."""
 
-    def __init__(self, model: str, device: torch.device) -> None:
-        """`model`: hub name or local directory. Raises InputError when it cannot be loaded."""
-        declare_torchvision_operators()
-        import transformers
-
-        location = locate(model, files=("config.json", "preprocessor_config.json"))
-        # Pillow resamples as CLIP was trained; from 5 on the plain name is torchvision's processor.
-        pillow = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-        with loading_errors(location):
-            self._preprocess = pillow.from_pretrained(location.source)
-            self._tokenize = transformers.AutoTokenizer.from_pretrained(location.source)
-        self._model = load_transformer(
-            transformers.CLIPModel, location, dtype="fp32", device=device
-        )
-        self._device = device
+    def __init__(self, clip: ClipScorer) -> None:
+        self._clip = clip
         self._of_class: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
     def __call__(self, crops: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
         """The colour of each object, given its picture and the name of its class."""
         colors = []
         for start in range(0, len(crops), BATCH_OBJECTS):
             part = slice(start, start + BATCH_OBJECTS)
-            pixels = self._preprocess(list(crops[part]), return_tensors="pt")["pixel_values"]
-            seen = self._model.vision_model(pixels.to(self._device)).pooler_output
-            embeddings = F.normalize(self._model.visual_projection(seen), dim=-1)
             texts = torch.stack([self._texts(name) for name in names[part]])
-            nearest = torch.einsum("bd,bcd->bc", embeddings, texts).argmax(dim=1)
+            seen = self._clip.embed_images(crops[part])
+            nearest = torch.einsum("bd,bcd->bc", seen, texts).argmax(dim=1)
             colors += [COLORS[index] for index in nearest.tolist()]
         return colors
 
@@ -96,12 +78,7 @@ class ColorClassifier:
                     f"a photo of a {color} object",
                 )
             ]
-            tokens = self._tokenize(sentences, padding=True, return_tensors="pt")
-            read = self._model.text_model(
-                input_ids=tokens["input_ids"].to(self._device),
-                attention_mask=tokens["attention_mask"].to(self._device),
-            ).pooler_output
-            embeddings = F.normalize(self._model.text_projection(read), dim=-1)
+            embeddings = self._clip.embed_texts(sentences)
             means = embeddings.unflatten(0, (len(COLORS), -1)).mean(dim=1)
             self._of_class[name] = F.normalize(means, dim=-1)
         return self._of_class[name]

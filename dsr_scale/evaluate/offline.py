@@ -2,12 +2,14 @@
 
 Everything that can be wrong with what was asked is found before the first image is drawn: inputs are
 opened, counts compared, weights loaded. Only weights may be missing without ending the evaluation; a
-metric that lacks its own is left out of the numbers and named in the report.
+metric that lacks its own is left out of the numbers and named in the report. A metric that turns out to
+be no number takes no other with it: hours of drawing may stand behind those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,38 +19,38 @@ import torch
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.data.plain_images import PlainImages
-from dsr_scale.encoders.contract import build_image_encoder, rounded
+from dsr_scale.encoders.contract import ImageEncoder, build_image_encoder
 from dsr_scale.evaluate import dpg, geneval
-from dsr_scale.evaluate.clip_score import ClipScorer
-from dsr_scale.evaluate.detection import ObjectDetector
-from dsr_scale.evaluate.heldout_loss import HeldOutSet, HeldOutSums, add_losses
-from dsr_scale.evaluate.inception import Inception, find_weights
+from dsr_scale.evaluate.counting import (
+    TIMESTEP_BUCKETS,
+    Begin,
+    JudgeWeights,
+    Work,
+    count_held_out,
+    count_images,
+    count_reference,
+    held_out_values,
+    load_scorers,
+)
+from dsr_scale.evaluate.heldout_loss import HeldOutSet
 from dsr_scale.evaluate.metrics import (
     OF_IMAGES,
-    OF_INCEPTION,
     Benchmarks,
     ImageSums,
     Metric,
     RealImages,
     Scorers,
-    metrics_of_real_images,
     obstacle,
     real_images,
-    values,
+    values_of,
 )
-from dsr_scale.evaluate.object_colors import ColorClassifier
 from dsr_scale.evaluate.reference_set import Reference, ReferenceImages
-from dsr_scale.evaluate.report import Report
+from dsr_scale.evaluate.report import Report, by_reason
 from dsr_scale.evaluate.sample_sets import Drawn, SampleSet, draw
-from dsr_scale.evaluate.visual_questions import VisualQuestions
 from dsr_scale.export.bundle import BundleDescription
 from dsr_scale.export.pipeline import Pipeline, load
 
-TIMESTEP_BUCKETS = 10
-"""Equal parts of model time by which the held-out loss is reported."""
-
-Begin = Callable[[str, int], Callable[[int], None]]
-"""Announces a part of the work with its total, and is given what to call as it advances."""
+_HELD_OUT = Metric.held_out_loss
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Subject:
     bundle: Path | None
     description: BundleDescription | None
     """Of the bundle; None for images of unknown origin."""
+    resolution: int
+    """Side of all images, pixels."""
     samples: SampleSet | None
     """Prompts of the images to draw, or of those that exist."""
     images: ReferenceImages | None
@@ -91,10 +95,7 @@ class Settings:
     batch: int
     """Images at a time."""
     device: torch.device
-    inception_weights: Path | None
-    clip_model: str
-    detector: str
-    vqa_model: str
+    weights: JudgeWeights
 
 
 def evaluate(
@@ -102,16 +103,18 @@ def evaluate(
 ) -> Report:
     """Computes `metrics` (None: all that the subject allows).
 
-    Raises InputError for metrics asked for that the subject does not allow, and when none is left.
+    Raises InputError for metrics asked for that the subject does not allow, when none is left, and for
+    images that cannot be read. A metric that was computed and is no number is in the report's `failed`.
     """
     report = Report()
     wanted = _allowed(subject, metrics, report)
-    scorers = _scorers(wanted, subject, settings, report)
+    scorers = load_scorers(wanted, settings.weights, settings.device, report, subject.benchmarks)
+    encoder = _held_out_encoder(subject, settings.device, report) if _HELD_OUT in wanted else None
     wanted -= report.not_computed.keys()
     if not wanted:
         raise InputError(
             found="nothing to compute: "
-            + "; ".join(f"{name}: {reason}" for name, reason in report.not_computed.items()),
+            + "\n".join(f"{n}: {why}" for n, why in by_reason(report.not_computed).items()),
             required="at least one metric with all that it needs",
             remedy="supply what is named above",
         )
@@ -120,19 +123,33 @@ def evaluate(
         assert subject.bundle is not None
         pipeline = load(subject.bundle, device=str(settings.device))
     report.settings = _described(subject, settings, scorers)
+    work = Work(settings.batch, settings.device, begin)
     if OF_IMAGES & wanted:
-        real = _real_images(subject, wanted, scorers, settings, begin)
+        real = RealImages()
+        if subject.reference is not None:
+            seen = count_reference(subject.reference, wanted, scorers, work)
+            real = real_images(subject.reference, seen)
+            report.settings["reference"]["unusable"] = _unusable(subject.reference.images)
         sums = ImageSums(OF_IMAGES & wanted, subject.count, settings.device, subject.benchmarks)
         done = begin("images", subject.count)
-        for drawn in _images(subject, pipeline, settings):
-            sums.add(scorers, drawn.images, drawn.first_index, drawn.prompts)
-            done(len(drawn.images))
-        report.values |= values(sums, real)
+        count_images(sums, scorers, _images(subject, pipeline, settings), done)
         report.settings["images"] = subject.count
-    if Metric.held_out_loss in wanted:
+        for metric in sums.metrics:
+            with _failure_noted(report, metric):
+                report.values |= values_of(metric, sums, real)
+    if encoder is not None:
         assert pipeline is not None
-        report.values |= _held_out_losses(subject, pipeline, settings, begin)
+        with _failure_noted(report, _HELD_OUT):
+            report.values |= _held_out_losses(subject, pipeline, encoder, settings, work)
     return report
+
+
+@contextlib.contextmanager
+def _failure_noted(report: Report, metric: Metric) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        report.fail(metric, error)
 
 
 def _allowed(subject: Subject, metrics: Collection[Metric] | None, report: Report) -> set[Metric]:
@@ -162,65 +179,6 @@ def _captions_are_known(subject: Subject) -> bool:
     return subject.samples is not None and not by_class
 
 
-def _scorers(
-    wanted: Collection[Metric], subject: Subject, settings: Settings, report: Report
-) -> Scorers:
-    """The networks that judge. Metrics whose weights cannot be had are left out in `report`."""
-    inception = clip = objects = questions = None
-    if of_inception := OF_INCEPTION.intersection(wanted):
-        try:
-            inception = Inception(find_weights(settings.inception_weights), settings.device)
-        except InputError as error:
-            for metric in of_inception:
-                report.leave_out(metric, error)
-    if Metric.clip_score in wanted:
-        try:
-            clip = ClipScorer(settings.clip_model, settings.device)
-        except InputError as error:
-            report.leave_out(Metric.clip_score, error)
-    if Metric.geneval in wanted:
-        assert subject.benchmarks.geneval is not None
-        try:
-            objects = geneval.GenEvalJudge(
-                subject.benchmarks.geneval,
-                ObjectDetector(settings.detector, settings.device),
-                ColorClassifier(settings.clip_model, settings.device),
-            )
-        except InputError as error:
-            report.leave_out(Metric.geneval, error)
-    if Metric.dpg in wanted:
-        try:
-            questions = VisualQuestions(settings.vqa_model, settings.device)
-        except InputError as error:
-            report.leave_out(Metric.dpg, error)
-    return Scorers(inception, clip, objects, questions)
-
-
-def _real_images(
-    subject: Subject,
-    wanted: Collection[Metric],
-    scorers: Scorers,
-    settings: Settings,
-    begin: Begin,
-) -> RealImages:
-    """The reference's statistics, from its images where they are not stored."""
-    reference = subject.reference
-    if reference is None:
-        return RealImages()
-    metrics = metrics_of_real_images(wanted, reference)
-    if not metrics:
-        return real_images(reference, None)
-    assert reference.images is not None
-    seen = ImageSums(metrics, reference.images.count, settings.device)
-    done = begin("reference", reference.images.count)
-    index = 0
-    for images in reference.images.batches(settings.batch):
-        seen.add(scorers, images, index)
-        index += len(images)
-        done(len(images))
-    return real_images(reference, seen)
-
-
 def _images(subject: Subject, pipeline: Pipeline | None, settings: Settings) -> Iterator[Drawn]:
     """The images to evaluate, drawn or read. Raises InputError for one that cannot be read."""
     if subject.images is None:
@@ -240,49 +198,51 @@ def _images(subject: Subject, pipeline: Pipeline | None, settings: Settings) -> 
         yield Drawn(index, images, prompts[index : index + len(images)])
         index += len(images)
     if index < subject.count:
-        named = subject.images.unusable_report if isinstance(subject.images, PlainImages) else None
         raise InputError(
-            found=named or f"{index} of {subject.count} images",
+            found=_unusable(subject.images) or f"{index} of {subject.count} images",
             required="images that can all be read: each counts",
             remedy="remove or replace those that are named",
         )
 
 
+def _unusable(images: ReferenceImages | None) -> str | None:
+    return images.unusable_report if isinstance(images, PlainImages) else None
+
+
+def _held_out_encoder(
+    subject: Subject, device: torch.device, report: Report
+) -> ImageEncoder | None:
+    """What turns held-out images into the bundle's latents. None, and left out, without its weights."""
+    description = subject.description
+    assert description is not None
+    try:
+        return build_image_encoder(
+            description.encoders.image, resolution=description.resolution, device=device
+        )
+    except InputError as error:
+        report.leave_out(_HELD_OUT, error)
+        return None
+
+
 def _held_out_losses(
-    subject: Subject, pipeline: Pipeline, settings: Settings, begin: Begin
+    subject: Subject,
+    pipeline: Pipeline,
+    encoder: ImageEncoder,
+    settings: Settings,
+    work: Work,
 ) -> dict[str, float]:
-    """`held_out_loss` and `held_out_loss_t0`, …, of which it is the mean."""
     description, held_out = subject.description, subject.held_out
     assert description is not None and held_out is not None
-    encoder = build_image_encoder(
-        description.encoders.image, resolution=description.resolution, device=settings.device
+    sums = count_held_out(
+        held_out, pipeline, encoder, description.encoders, seed=settings.seed, work=work
     )
-    sums = HeldOutSums(TIMESTEP_BUCKETS, settings.device)
-    done = begin("held-out loss", len(held_out))
-    for batch in held_out.batches(settings.batch):
-        with torch.inference_mode():
-            latents = encoder.encode(batch.images.to(settings.device))
-            condition = pipeline.condition(batch.prompts)
-        add_losses(
-            sums,
-            pipeline.model,
-            pipeline.diffusion,
-            rounded(latents, description.encoders),
-            condition,
-            batch.sample_ids,
-            seed=settings.seed,
-        )
-        done(len(batch.images))
-    losses = sums.losses()
-    mean = sum(losses) / len(losses)
-    return {"held_out_loss": mean} | {
-        f"held_out_loss_t{bucket}": loss for bucket, loss in enumerate(losses)
-    }
+    return held_out_values(sums)
 
 
 def _described(subject: Subject, settings: Settings, scorers: Scorers) -> dict[str, Any]:
     """All that a repetition needs."""
     found: dict[str, Any] = {
+        "resolution": subject.resolution,
         "seed": settings.seed,
         "batch": settings.batch,
         "device": str(settings.device),
@@ -290,7 +250,6 @@ def _described(subject: Subject, settings: Settings, scorers: Scorers) -> dict[s
     if subject.description is not None:
         found["bundle"] = str(subject.bundle)
         found["provenance"] = subject.description.provenance.model_dump(mode="json")
-        found["resolution"] = subject.description.resolution
     if subject.samples is not None:
         found["prompts"] = subject.samples.source
     if subject.images is not None:
@@ -314,13 +273,13 @@ def _described(subject: Subject, settings: Settings, scorers: Scorers) -> dict[s
     if scorers.inception is not None:
         found["inception_weights_sha256"] = scorers.inception.weights_sha256
     if scorers.clip is not None:
-        found["clip_model"] = settings.clip_model
+        found["clip_model"] = settings.weights.clip
     if scorers.geneval is not None:
         found["geneval"] = {
-            "detector": settings.detector,
-            "clip_model": settings.clip_model,
+            "detector": settings.weights.detector,
+            "clip_model": settings.weights.clip,
             "scores_are": geneval.COMPARABILITY,
         }
     if scorers.dpg is not None:
-        found["dpg"] = {"vqa_model": settings.vqa_model, "scores_are": dpg.COMPARABILITY}
+        found["dpg"] = {"vqa_model": settings.weights.vqa, "scores_are": dpg.COMPARABILITY}
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsr_scale.base.errors import InputError
 from dsr_scale.evaluate import outlier_statistics as statistics
 from dsr_scale.evaluate.attention_mass import (
     AttentionReading,
@@ -91,6 +92,7 @@ class Collector:
         place, step, rows = self._places[block], self._step, self._rows[block]
         image = tokens[:, rows.image]
         found = statistics.block_statistics(tokens, rows, self._grid, threshold=self._threshold)
+        self._require_finite(block, torch.cat([found.norms, found.register_norms], dim=1))
         self._record(place, found.values)
         self._positions[place, step] += found.outlying.sum(0).cpu()
         median = found.values["median_norm"]
@@ -187,6 +189,18 @@ class Collector:
             top_maps=self._map(self._top_maps),
             top_positions=top,
         )
+
+    def _require_finite(self, block: str, norms: Tensor) -> None:
+        """NaN is larger than nothing: it would count as no outlier at all."""
+        broken = int((~norms.isfinite().all(1)).sum())
+        if broken:
+            raise InputError(
+                found=f"undefined or infinite numbers in {broken} of {len(norms)} images after {block}, "
+                f"timestep {self._step + 1}",
+                required="finite tokens, whose norms can be compared",
+                remedy="measure an earlier checkpoint; a bundle in fp16 may overflow where fp32 and "
+                "bf16 do not",
+            )
 
     def _shown(self, images: int) -> tuple[slice, int]:
         """Which of the kept maps are of this batch's first images, and how many."""

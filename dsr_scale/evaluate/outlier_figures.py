@@ -25,15 +25,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dsr_scale.evaluate.outlier_findings import Findings
-from dsr_scale.evaluate.outlier_wording import block_name, brief, plain, time_name
+from dsr_scale.evaluate.outlier_wording import block_name, brief, plain, present, time_name
 
 DPI = 200
 _MISSING = "0.88"
 """Grey of a cell without a value."""
-_MARKERS = "osD^v"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#BBBBBB")
+_MARKERS = "osD^Pv"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#BBBBBB")
 """Okabe and Ito's colours, told apart under every common colour blindness; grey for the rest."""
-_HATCHES = ("", "///", "...", "xxx", "")
+_HATCHES = ("", "///", "...", "xxx", "---", "")
 
 
 def style() -> AbstractContextManager[None]:
@@ -70,16 +70,17 @@ def steps_of(found: Findings) -> int:
     return found.norm_maps.shape[1]
 
 
-def colour_scale(values: Iterable[np.ndarray], *, log: bool) -> Normalize:
+def colour_scale(values: Iterable[np.ndarray], *, log: bool, reach: float = 0.0) -> Normalize:
     """One scale for all of `values`: from 0 to the largest, or logarithmic over the positive ones.
 
-    A logarithmic one ends at a thousandth of the largest value; below, all has the darkest colour.
+    It reaches to `reach` at least. A logarithmic one ends at a thousandth of the largest value;
+    below, all has the darkest colour.
     Raises ValueError where no value is finite (and, if `log`, positive).
     """
     shown = np.concatenate([array[np.isfinite(array)].ravel() for array in values])
     if not log:
-        return Normalize(0.0, float(shown.max()) or 1.0)
-    high = float(shown.max())
+        return Normalize(0.0, max(float(shown.max()), reach) or 1.0)
+    high = max(float(shown.max()), reach)
     low = max(float(shown[shown > 0].min()), high / 1000)
     return LogNorm(low, max(high, 1.05 * low), clip=True)
 
@@ -133,7 +134,8 @@ def curves(
 ) -> Figure:
     """Measures by block: a panel per target and timestep, a line per measure, bands of ± 1 standard error.
 
-    `lines` gives the name of each measure's line; `reference` draws a level across every panel.
+    `lines` gives the name of each measure's line, whose place among them is its colour also in a report
+    without some of them; `reference` draws a level across every panel.
     """
     with style():
         figure, panels = _panels(findings)
@@ -141,6 +143,8 @@ def curves(
             if reference is not None:
                 axes.axhline(reference, color="0.4", linewidth=0.8, linestyle="--")
             for number, (measure, name) in enumerate(lines.items()):
+                if not present(findings, measure):
+                    continue
                 values = found.measures[measure][:, step]
                 colour, marker = _COLOURS[number], _MARKERS[number]
                 axes.plot(
@@ -168,6 +172,8 @@ def attention_bars(findings: Sequence[Findings], parts: Mapping[str, str]) -> Fi
         for axes, found, step in panels:
             bottom = np.zeros(len(found.blocks))
             for number, (measure, name) in enumerate(parts.items()):
+                if not present(findings, measure):
+                    continue
                 values = np.nan_to_num(found.measures[measure][:, step])
                 axes.bar(
                     range(len(values)),
@@ -190,6 +196,12 @@ def histograms(findings: Sequence[Findings]) -> Figure:
     """Norms over their image's median at the pictured blocks: image tokens drawn through, registers dotted."""
     with style():
         figure, panels = _panels(findings, by_block=False)
+        edges = findings[0].histogram_edges
+        filled = np.zeros(len(edges) - 1, dtype=bool)
+        for found in findings:
+            for counts in (found.image_histograms, found.register_histograms):
+                filled |= counts[list(found.pictured_blocks)].any((0, 1))
+        low, high = edges[:-1][filled].min(initial=1), edges[1:][filled].max(initial=1)
         for axes, found, step in panels:
             shades = _depth_colours(len(found.pictured_blocks))
             for block, shade in zip(found.pictured_blocks, shades, strict=True):
@@ -210,6 +222,8 @@ def histograms(findings: Sequence[Findings]) -> Figure:
                         )
             axes.set_xscale("log")
             axes.set_yscale("log")
+            # Round numbers on both sides of 1, so that a clean network looks clean.
+            axes.set_xlim(min(low, 0.2), max(high, 5))
             axes.grid(alpha=0.3)
         for way in ("x", "y"):
             _label_logarithmic(panels, way)
@@ -283,7 +297,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     digits = (1, 2, 5) if len(decades) <= 4 else (1,)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits]
     inside = [tick for tick in ticks if low <= tick <= high]
-    return inside if len(inside) > 1 else [float(f"{low:.2g}"), float(f"{high:.2g}")]
+    if len(inside) > 1:
+        return inside
+    return sorted({float(f"{low:.2g}"), *inside, float(f"{high:.2g}")})
 
 
 def colour_bar(

@@ -32,6 +32,7 @@ from dsr_scale.evaluate.outlier_wording import (
     place_name,
     present,
     time_name,
+    varies,
 )
 
 REPORT_FILE = "report.html"
@@ -70,7 +71,7 @@ def write_report(findings: Sequence[Findings], out: Path) -> Path:
     contents = [("summary", "Summary"), *((s.anchor, s.title) for s in sections)]
     template = resources.files("dsr_scale.evaluate").joinpath("outlier_report.html")
     page = Template(template.read_text(encoding="utf-8")).substitute(
-        title=escape("Outliers: " + ", ".join(found.name for found in findings)),
+        title=escape("Outliers: " + " · ".join(found.name for found in findings)),
         targets="".join(_target_card(found) for found in findings),
         contents="".join(f'<li><a href="#{a}">{escape(title)}</a></li>' for a, title in contents),
         summary=_summary_table(findings),
@@ -141,7 +142,9 @@ def _summary_table(findings: Sequence[Findings]) -> str:
         cells = []
         for found, place in zip(findings, worst, strict=True):
             largest = largest_place(found.measures[measure])
-            where = "" if largest is None else escape(place_name(found, largest))
+            where = ""
+            if largest is not None and varies(found, measure):
+                where = escape(place_name(found, largest))
             cells.append(
                 f'<td>{_with_error(found, measure, largest)}<br><span class="soft">{where}</span></td>'
                 f"<td>{_with_error(found, measure, place)}</td>"

@@ -26,13 +26,16 @@ _RULES = {
     "outlier_ratio_mad": "6·1.4826·MAD",
     "outlier_ratio_sigma": "mean + 3σ",
     "outlier_ratio_median": "3·median",
-    "outlier_ratio_absolute": "absolute",
 }
+"""Scale-free ones, which share an axis; the absolute rule may count every token."""
+_RATIO_REACH = 4.0
+"""Heat-maps of ratios to the median go so far at least: a network without outliers is dark."""
 _PARTS = {
     "attention_registers": "registers",
     "attention_top_norm": "1 % largest norms",
     "attention_text": "text",
     "attention_special": "CLS",
+    "attention_extra_key": "key of the bias, or off by one",
     "attention_rest": "other image tokens",
 }
 
@@ -82,6 +85,7 @@ def report_sections(findings: Sequence[Findings]) -> Iterator[Section]:
             *_curves(
                 findings, "outlier_rules", "Outlier ratio by other rules", _RULES, "share of tokens"
             ),
+            *_heat_maps(findings, "outlier_ratio_absolute"),
         ],
     )
     yield Section(
@@ -152,7 +156,7 @@ def _heat_maps(
     if not present(findings, measure):
         return []
     shown = [found.measures[name] for name in (measure, *twins) for found in findings]
-    scale = figures.colour_scale(shown, log=log)
+    scale = figures.colour_scale(shown, log=log, reach=_RATIO_REACH if log else 0)
     name = measure.replace("_", " ")
     return [
         Picture(
@@ -183,15 +187,15 @@ def _curves(
     log: bool = False,
     reference: float | None = None,
 ) -> list[Picture]:
-    lines = {measure: name for measure, name in lines.items() if present(findings, measure)}
-    if not lines:
+    shown = {measure: name for measure, name in lines.items() if present(findings, measure)}
+    if not shown:
         return []
     return [
         Picture(
             file,
             title,
             f"By block, bands are ± 1 standard error over images. {reading}",
-            " ".join(f"{name}: {largest(findings, measure)}" for measure, name in lines.items()),
+            " ".join(f"{name}: {largest(findings, measure)}" for measure, name in shown.items()),
             partial(figures.curves, findings, lines, label=label, log=log, reference=reference),
         )
     ]
@@ -263,7 +267,7 @@ def _attention_parts(findings: Sequence[Findings]) -> list[Picture | Fold]:
         "Of the attention of an image token, averaged over heads and image tokens: how much each group "
         "receives in all. No bar where the block has no attention, as for the output.",
         " ".join(f"{name}: {largest(findings, measure)}" for measure, name in parts.items()),
-        partial(figures.attention_bars, findings, parts),
+        partial(figures.attention_bars, findings, _PARTS),
     )
     return [
         *([bars] if parts else []),

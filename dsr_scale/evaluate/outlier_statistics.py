@@ -38,11 +38,13 @@ MEASURES: dict[str, str] = {
     "attention_top_norm": "… that the 1 % of image tokens with the largest norms receive in all",
     "attention_text": "… that text tokens in context receive in all",
     "attention_special": "… that an encoder's CLS token receives",
+    "attention_extra_key": "… that the key of attention bias or of softmax-off-by-one receives",
     "attention_rest": "… that all other image tokens receive in all",
     "attention_registers_per_token": "attention_registers over uniform attention, per token",
     "attention_top_norm_per_token": "attention_top_norm over uniform attention, per token",
     "attention_text_per_token": "attention_text over uniform attention, per token",
     "attention_special_per_token": "attention_special over uniform attention, per token",
+    "attention_extra_key_per_token": "attention_extra_key over uniform attention",
     "attention_rest_per_token": "attention_rest over uniform attention, per token",
     "attention_entropy": "entropy of an image token's attention over that of uniform attention",
     "cross_text_per_token": "cross-attention: mass that a real text token receives on average",
@@ -242,9 +244,13 @@ def principal_components(tokens: Tensor) -> Tensor:
 
 
 def norm_histogram(norms: Tensor, median: Tensor) -> Tensor:
-    """How many of norms [B,N], over the images' `median` [B], are in each bin: int64 [H]."""
+    """How many of norms [B,N], over the images' `median` [B], are in each bin: int64 [H].
+
+    Images whose median is 0 have none.
+    """
     edges = HISTOGRAM_EDGES[1:-1].to(norms.device, norms.dtype)
-    places = torch.bucketize((norms / median[:, None]).flatten(), edges)
+    ratios = (norms / median[:, None])[median > 0]
+    places = torch.bucketize(ratios.flatten(), edges)
     return torch.bincount(places, minlength=len(HISTOGRAM_EDGES) - 1)
 
 

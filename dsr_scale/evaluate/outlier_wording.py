@@ -62,12 +62,18 @@ def present(findings: Sequence[Findings], measure: str) -> bool:
 
 
 def largest_place(values: np.ndarray) -> tuple[int, int] | None:
-    """Block and step of the largest finite value of [L,S]; None where there is none."""
+    """Block and step of the largest finite value of [L,S], the first of several; None for no value."""
     finite = np.isfinite(values)
     if not finite.any():
         return None
     block, step = np.unravel_index(np.where(finite, values, -math.inf).argmax(), values.shape)
     return int(block), int(step)
+
+
+def varies(found: Findings, measure: str) -> bool:
+    """Whether a measure has different values: a largest of equals is nowhere in particular."""
+    values = found.measures[measure]
+    return len(np.unique(values[np.isfinite(values)])) > 1
 
 
 def largest(findings: Sequence[Findings], measure: str) -> str:
@@ -76,6 +82,10 @@ def largest(findings: Sequence[Findings], measure: str) -> str:
     for found in findings:
         place = largest_place(found.measures[measure])
         value = "no value" if place is None else number(float(found.measures[measure][place]))
-        where = "" if place is None else f" at {place_name(found, place)}"
+        where = (
+            f" at {place_name(found, place)}"
+            if place is not None and varies(found, measure)
+            else ""
+        )
         phrases.append(f"{found.name} at most {value}{where}")
     return "; ".join(phrases) + "."

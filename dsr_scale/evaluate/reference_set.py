@@ -1,9 +1,12 @@
-"""What generated images are compared with: a folder, packed shards, or a `.npz` as ADM publishes them.
+"""Images that exist, to be evaluated or compared with: a folder, packed shards, or a `.npz` as ADM's.
 
 An ADM file holds images (`arr_0`, uint8 [N,H,W,3]), or the statistics of a larger set (`mu`, `sigma`
 for FID, `mu_s`, `sigma_s` for sFID), or both; then the statistics are for FID and sFID and the images
 for precision and recall. Images are read batch by batch, a compressed file too, so memory does not
 grow with the set.
+
+Real images are scaled and cropped as in training. Files to be evaluated are not: what a model drew is
+judged as it is, so a folder with a grid among its images, or with images of another model, is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from dsr_scale.base.errors import InputError
 from dsr_scale.config.data import DataConfig
 from dsr_scale.data.manifest import INDEX_NAME
-from dsr_scale.data.plain_images import PlainImages, plain_images
+from dsr_scale.data.plain_images import FolderImages, ImageSource, PlainImages, ShardImages
 from dsr_scale.data.remote_files import is_remote
 from dsr_scale.data.shards import PACKAGE_PREFIX
 from dsr_scale.data.shares import WHOLE, Share
@@ -83,7 +86,11 @@ def open_reference(place: str, resolution: int, share: Share = WHOLE) -> Referen
 
 
 def open_existing(place: str, resolution: int) -> ReferenceImages:
-    """Images to be evaluated. Raises InputError when there are none, as in a file of statistics."""
+    """Images to be evaluated, all of them.
+
+    Those of a folder or a `.npz` are squares of side `resolution`; those of shards are a data set's,
+    and are scaled and cropped. Raises InputError when there are none, as in a file of statistics.
+    """
     images = open_reference(place, resolution).images
     if images is None:
         raise InputError(
@@ -91,15 +98,69 @@ def open_existing(place: str, resolution: int) -> ReferenceImages:
             required="a folder of images, packed shards, or a .npz with arr_0",
             remedy="give the images themselves; statistics are for --reference",
         )
+    if isinstance(images, PlainImages) and isinstance(images.source, FolderImages):
+        return _plain(Squares(images.source, resolution), data_at(place, resolution))
     return images
 
 
+class Squares:
+    """Images of a source that are read as they are."""
+
+    def __init__(self, source: ImageSource, side: int) -> None:
+        """`side`: what all must have, in pixels."""
+        self.name = source.name
+        self.where = source.where
+        self._source = source
+        self._side = side
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, position: int) -> tuple[str, bytes]:
+        """(name, encoded bytes). Raises InputError for an image of another size, or that is none."""
+        name, content = self._source.read(position)
+        try:
+            height, width = image_size(content)
+        except UnreadableImage as error:
+            raise _not_as_drawn(f"{name} in {self.where}: {error}", self._side) from error
+        if (height, width) != (self._side, self._side):
+            raise _not_as_drawn(f"{name} in {self.where}, {width}×{height} pixels", self._side)
+        return name, content
+
+
+def _not_as_drawn(found: str, side: int) -> InputError:
+    return InputError(
+        found=found,
+        required=f"images of {side}×{side} pixels, as one model draws them",
+        remedy="give a folder of such images and no others; grids, as GenEval's grid.png, do not count",
+    )
+
+
 def open_images(place: str, resolution: int, share: Share = WHOLE) -> PlainImages:
-    """The images of a folder or of shards. Raises InputError when there are none."""
+    """The images of a folder or of shards; a share may be empty.
+
+    Raises InputError when there are none.
+    """
     data = data_at(place, resolution)
     packed = is_remote(place) or place.startswith(PACKAGE_PREFIX)
     tables = packed or data.format == "webdataset" or (Path(place) / INDEX_NAME).is_file()
-    return plain_images(data, folder=None if tables else Path(place), share=share)
+    source = ShardImages(data) if tables else _folder(place)
+    return _plain(source, data, share)
+
+
+def _plain(source: ImageSource, data: DataConfig, share: Share = WHOLE) -> PlainImages:
+    return PlainImages(
+        source, len(source), resolution=data.resolution, background=data.background, share=share
+    )
+
+
+def _folder(place: str) -> FolderImages:
+    try:
+        return FolderImages(Path(place))
+    except InputError as error:  # its remedy is that of another command
+        raise InputError(
+            found=error.found, required=error.required, remedy="correct the path"
+        ) from error
 
 
 def image_side(place: str) -> int:
@@ -110,6 +171,8 @@ def image_side(place: str) -> int:
                 return min(_read_header(file)[0][1:3])
         _, content = open_images(place, resolution=1).source.read(0)
         return min(image_size(content))
+    except InputError:
+        raise
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, UnreadableImage) as error:
         raise InputError(
             found=f"no image to begin with at {place}: {error}",
@@ -127,6 +190,8 @@ def data_at(place: str, resolution: int) -> DataConfig:
 
 
 def _open_npz(path: Path, resolution: int, share: Share) -> Reference:
+    if not zipfile.is_zipfile(path):
+        raise _damaged(path, "no archive of arrays")
     try:
         # Not pickled: an array of objects would run code.
         with np.load(path, allow_pickle=False) as content:

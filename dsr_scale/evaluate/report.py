@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,12 +33,18 @@ class Report:
     """Name → number; all finite."""
     not_computed: dict[str, str] = field(default_factory=dict)
     """Metric → what is missing and what to do about it."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Metric → why what was measured gives no number."""
     settings: dict[str, Any] = field(default_factory=dict)
     """All that a repetition needs."""
 
     def leave_out(self, metric: str, error: InputError) -> None:
-        """Notes that a metric has no value, and why."""
-        self.not_computed[metric] = f"{error.found}; required: {error.required}; {error.remedy}"
+        """Notes that a metric cannot be computed, and why."""
+        self.not_computed[metric] = _in_one_line(error)
+
+    def fail(self, metric: str, error: InputError) -> None:
+        """Notes that a metric was computed and is no number, and why."""
+        self.failed[metric] = _in_one_line(error)
 
     def write(self, directory: Path) -> Path:
         """Writes evaluation.json into `directory`, whole or not at all; returns its path."""
@@ -45,11 +52,24 @@ class Report:
         content = {
             "metrics": self.values,
             "not_computed": self.not_computed,
+            "failed": self.failed,
             "settings": self.settings,
             "versions": library_versions(),
         }
         atomic_files.write_json(path, content)
         return path
+
+
+def by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Metrics that lack the same, separated by commas → what they lack."""
+    lacking: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        lacking.setdefault(reason, []).append(name)
+    return {", ".join(names): reason for reason, names in lacking.items()}
+
+
+def _in_one_line(error: InputError) -> str:
+    return f"{error.found}; required: {error.required}; {error.remedy}"
 
 
 def library_versions() -> dict[str, str]:

@@ -7,7 +7,8 @@ the set of N.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +71,8 @@ def class_balanced(shape: ModelShape, count: int) -> SampleSet:
 def read_prompts(file: Path) -> tuple[str, ...]:
     """The lines of a text file that are not blank. Raises InputError for none, and for no text file."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, for which a prompt may also end at a separator inside it, as of U+2028.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             found=f"{file} cannot be read: {error}",
@@ -91,7 +93,7 @@ def prompts_in_turn(file: Path, count: int | None) -> SampleSet:
     """`count` images (None: one per prompt) for the prompts of a file, from the first on when they end."""
     prompts = read_prompts(file)
     total = count or len(prompts)
-    return SampleSet(tuple(prompts[i % len(prompts)] for i in range(total)), str(file))
+    return SampleSet(tuple(prompts[i % len(prompts)] for i in range(total)), _named(file, prompts))
 
 
 def prompts_of_images(file: Path, images: int) -> SampleSet:
@@ -103,7 +105,13 @@ def prompts_of_images(file: Path, images: int) -> SampleSet:
             required="one prompt per image, in the order of the images' names",
             remedy="give the file that the images were drawn from",
         )
-    return SampleSet(prompts, str(file))
+    return SampleSet(prompts, _named(file, prompts))
+
+
+def _named(file: Path, prompts: Sequence[str]) -> str:
+    """The file, and a digest of its prompts by which another file of that name is told."""
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return f"{file} ({digest})"
 
 
 def captions_of(data: DataConfig, shape: ModelShape, count: int | None) -> SampleSet:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import platform
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +37,13 @@ from dsr_scale.config.section import Section
 from dsr_scale.config.training import ema_name
 from dsr_scale.export.card import CARD_FILE, GRID_FILE, model_card
 from dsr_scale.export.encoder_files import (
+    MODEL_DIRECTORIES,
     check_sources,
     copy_files,
     copy_models,
     models_to_copy,
     relocated,
+    remove_left_over,
 )
 from dsr_scale.export.history import RunHistory, read_history
 from dsr_scale.export.quantization import Quantization, quantize_blocks
@@ -137,13 +140,13 @@ def export_run(
     another model, encoder files that are not there, or a directory that cannot be written.
     """
     checkpoint = directory.find_checkpoint(run_directory, step)
-    atomic_files.require_writable_directory(out)
+    _require_place(out)
     state = directory.read_run_state(checkpoint)
     shape = ModelShape.model_validate(state["model_shape"])
     config = state["config"]
-    kind = _weights_kind(weights, config["training"]["ema_decays"])
+    kind = weights_kind(weights, config["training"]["ema_decays"])
     encoders = EncodersConfig.model_validate(config["encoders"])
-    check_sources(encoders, copy_models=copy_encoders)
+    check_sources(encoders, out, copy_models=copy_encoders, replaced=_copied_before(out))
     copied = models_to_copy(encoders) if copy_encoders else {}
     description = BundleDescription(
         format=FORMAT,
@@ -182,15 +185,20 @@ def write_bundle(
 ) -> BundleDescription:
     """Writes `model`, which it casts and quantizes in place as described, and what belongs to it.
 
+    A bundle that is in `out` is replaced, the model card included; other files there stay.
     `encoders` says where the files are now that the description places in the bundle. `history` is
     what the model card tells of the run. Returns the description as written, with the digest of the
     weights. Raises InputError for a directory that cannot be written, or a file that is not there.
     """
-    atomic_files.require_writable_directory(out)
+    _require_place(out)
+    before, copied = _copied_before(out), description.copied_models
+    check_sources(encoders, out, copy_models=bool(copied), replaced=before)
+    if (out / DESCRIPTION_FILE).exists():
+        remove_left_over(out, encoders, before - copied.keys())
     # Without its description a directory is no bundle: an export cut short leaves none.
     (out / DESCRIPTION_FILE).unlink(missing_ok=True)
     copy_files(encoders, out)
-    if description.copied_models:
+    if copied:
         copy_models(encoders, out)
     if description.quantization is not None:
         quantize_blocks(model, description.quantization)
@@ -200,6 +208,27 @@ def write_bundle(
     _write_texts(out, description, history)
     atomic_files.write_json(out / DESCRIPTION_FILE, description.model_dump(mode="json"))
     return description
+
+
+def _require_place(out: Path) -> None:
+    """Raises InputError for a directory that cannot be written, or whose README.md is no model card."""
+    atomic_files.require_writable_directory(out)
+    # The index is written before the card.
+    if (out / CARD_FILE).exists() and not (out / DIFFUSERS_FILE).exists():
+        raise InputError(
+            found=f"{out / CARD_FILE}, which belongs to no bundle",
+            required="a new directory, or one with a bundle that may be replaced",
+            remedy="choose another directory",
+        )
+
+
+def _copied_before(out: Path) -> set[str]:
+    """Directories of models that an earlier bundle in `out`, of whatever version, says are its copies."""
+    try:
+        copied = json.loads((out / DESCRIPTION_FILE).read_text())["copied_models"]
+        return {name for name in copied if name in MODEL_DIRECTORIES}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _diffusers_index() -> dict[str, object]:
@@ -223,7 +252,8 @@ def _write_texts(out: Path, description: BundleDescription, history: RunHistory 
             (out / name).unlink(missing_ok=True)
         else:
             atomic_files.write_bytes(out / name, content)
-    atomic_files.write_bytes(out / PACKAGES_FILE, packages_text().encode())
+    machine = f"# Python {platform.python_version()}, {platform.platform()}\n"
+    atomic_files.write_bytes(out / PACKAGES_FILE, (machine + packages_text()).encode())
     atomic_files.write_bytes(out / CARD_FILE, model_card(description, history).encode())
 
 
@@ -251,7 +281,7 @@ def _write_weights(path: Path, model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _weights_kind(weights: str, ema_decays: list[float]) -> str:
+def weights_kind(weights: str, ema_decays: list[float]) -> str:
     """What a checkpoint calls the wanted weights. Raises InputError for an average it does not hold."""
     names = [ema_name(decay) for decay in ema_decays]
     kinds = {"raw": "weights", "ema": names[0], **{name: name for name in names}}
@@ -305,9 +335,10 @@ def read_description(bundle: Path) -> BundleDescription:
         description = BundleDescription.model_validate(content)
     except ValidationError as error:
         raise InputError(
-            found=f"{path} does not describe a bundle: {error}",
-            required="the file as dsr-scale export wrote it",
-            remedy="export the run again",
+            found=f"{path}, {content.get('written_by', 'of an unknown version')}, does not describe "
+            f"a bundle: {error}",
+            required=f"the file as dsr-scale {__version__} writes it",
+            remedy="export the run again with this version, or use the one that wrote it",
         ) from error
     encoders = relocated(
         description.encoders, lambda name: str(bundle / name), description.copied_models
@@ -327,12 +358,12 @@ def read_model(bundle: Path, description: BundleDescription, device: torch.devic
             required="a complete bundle",
             remedy="export the run again",
         )
-    skeleton = build_on_meta(description.shape)
+    model = build_on_meta(description.shape)
     if description.quantization is not None:
-        quantize_blocks(skeleton, description.quantization)
-    model = skeleton.to_empty(device="cpu").to(DTYPES[description.dtype])
+        quantize_blocks(model, description.quantization)
     try:
-        model.load_state_dict(load_file(path))
+        # Takes the tensors of the file, of whatever dtype, instead of filling as many others.
+        model.load_state_dict(load_file(path), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise InputError(
             found=f"{path} does not fit the network in {DESCRIPTION_FILE}: {error}",

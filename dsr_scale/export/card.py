@@ -122,6 +122,10 @@ def _recipe(
         yield "head: width, blocks, heads", f"{head.width}, {head.depth}, {head.heads}"
     yield "patch; latents", f"{shape.patch}; {shape.channels} × {shape.grid[0]} × {shape.grid[1]}"
     yield "registers; first block with them", f"{shape.registers}; {shape.register_start}"
+    if shape.registers_masked:
+        yield "registers", "masked from all other tokens"
+    if shape.attention_variant != "plain":
+        yield "attention", shape.attention_variant
     yield "conditioning", shape.conditioning.kind
     yield (
         "prediction; timestep shift α",

@@ -23,7 +23,7 @@ from dsr_scale.config.encoders import (
     VitImage,
 )
 from dsr_scale.encoders.loading import loading_errors
-from dsr_scale.encoders.locate import PACKAGE_SCHEME, Location, locate
+from dsr_scale.encoders.locate import PACKAGE_SCHEME, Location, is_place, locate
 
 STATISTICS_FILE = "latent_statistics.safetensors"
 NEURONS_FILE = "register_neurons.json"
@@ -32,6 +32,7 @@ BIAS_FILE = "attention_bias.safetensors"
 TEXT_DIRECTORY = "text_encoder"
 IMAGE_DIRECTORY = "image_encoder"
 DECODER_DIRECTORY = "decoder"
+MODEL_DIRECTORIES = (TEXT_DIRECTORY, IMAGE_DIRECTORY, DECODER_DIRECTORY)
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Configs and tokenizers."""
@@ -92,8 +93,14 @@ def models_to_copy(encoders: EncodersConfig) -> dict[str, str]:
     }
 
 
-def check_sources(encoders: EncodersConfig, *, copy_models: bool) -> None:
-    """Raises InputError when a file, or a local model to be copied, is not where the run had it."""
+def check_sources(
+    encoders: EncodersConfig, out: Path, *, copy_models: bool, replaced: Collection[str] = ()
+) -> None:
+    """Checks what a bundle in `out` is made of, where the model directories `replaced` are its own.
+
+    Raises InputError when a file, or a local model to be copied, is not where the run had it, when a
+    model lies in `out`, where it would be replaced, or when another's directory is in the way.
+    """
     for name, path in _paths(encoders).items():
         if not Path(path).expanduser().is_file():
             raise InputError(
@@ -101,13 +108,41 @@ def check_sources(encoders: EncodersConfig, *, copy_models: bool) -> None:
                 required=f"the {name} of the encoder that the run was trained with",
                 remedy="export where that path is valid",
             )
-    if copy_models:
-        _locations(encoders)
+    for model, _ in _models(encoders).values():
+        if is_place(model) and not model.startswith(PACKAGE_SCHEME):
+            place = Path(model).expanduser().resolve()
+            if place.is_relative_to(out.resolve()):
+                raise InputError(
+                    found=f"the frozen network {model} inside {out}",
+                    required="frozen networks outside of the directory that is written",
+                    remedy="export into another directory",
+                )
+    if not copy_models:
+        return
+    for directory in _locations(encoders):
+        if (out / directory).exists() and directory not in replaced:
+            raise InputError(
+                found=f"{out / directory}, which no bundle there mentions",
+                required="a directory in which an export may put its copies",
+                remedy="move it away, or export into another directory",
+            )
+
+
+def remove_left_over(out: Path, encoders: EncodersConfig, copied: Collection[str]) -> None:
+    """Removes from an earlier bundle in `out` the files and models that one of `encoders` lacks.
+
+    `copied` are the model directories of the earlier bundle that the new one has no copy of.
+    """
+    kept = {Path(path).name for path in _paths(relocated(encoders, str)).values()}
+    with atomic_files.storage_errors(out):
+        for name in {STATISTICS_FILE, NEURONS_FILE, BIAS_FILE} - kept:
+            (out / name).unlink(missing_ok=True)
+        for directory in copied:
+            shutil.rmtree(out / directory, ignore_errors=True)
 
 
 def copy_files(encoders: EncodersConfig, out: Path) -> None:
-    """Copies the small files into a bundle. Raises InputError as `check_sources` does."""
-    check_sources(encoders, copy_models=False)
+    """Copies the small files into a bundle."""
     sources = _paths(encoders)
     for name, target in _paths(relocated(encoders, lambda name: str(out / name))).items():
         atomic_files.write_bytes(Path(target), Path(sources[name]).expanduser().read_bytes())
@@ -129,11 +164,15 @@ def copy_models(encoders: EncodersConfig, out: Path) -> None:
             )
         target = out / directory
         with atomic_files.storage_errors(target):
-            if target.exists():
-                shutil.rmtree(target)
-            target.mkdir()
+            # Copied beside it first, so that a directory of that name is a whole model.
+            partial = out / f".{directory}.partial"
+            for old in (partial, target):
+                if old.exists():
+                    shutil.rmtree(old)
+            partial.mkdir()
             for file in [*_matching(source, _SMALL_FILES), *weights]:
-                shutil.copyfile(file, target / file.name)
+                shutil.copyfile(file, partial / file.name)
+            partial.rename(target)
 
 
 def _local_files(location: Location) -> Path:

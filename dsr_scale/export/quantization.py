@@ -4,9 +4,9 @@
     fp8    e4m3, largest 448: error at most 1/16 of the weight, less precise for it but not near zero
 
 Only weights are quantized: each product dequantizes its weight first, so memory and disk shrink and
-speed does not grow. Attention, cross-attention and SwiGLU hold nearly all weights that are shared by
-many tokens; modulation (AdaLN), embeddings, norms and the final layer act on a whole image at once
-and keep the bundle's dtype.
+speed does not grow. The linears of the blocks hold nearly all weights, those of modulation (AdaLN) a
+third of them; to quantize these too raised the error by a tenth (docs/inference.md). Embeddings, norms
+and the final layer keep the bundle's dtype.
 """
 
 from __future__ import annotations
@@ -69,15 +69,11 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_blocks(model: nn.Module, kind: Quantization) -> None:
-    """Replaces the linears inside `model.blocks`, but for modulation, by quantized ones, in place.
+    """Replaces the linears inside `model.blocks` by quantized ones, in place.
 
     On the meta device it gives the names and sizes into which quantized weights are loaded.
     """
     for name, module in list(model.named_modules()):
-        if (
-            isinstance(module, nn.Linear)
-            and name.startswith("blocks.")
-            and "adaLN_modulation" not in name
-        ):
+        if isinstance(module, nn.Linear) and name.startswith("blocks."):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, QuantizedLinear(module, kind))
