@@ -1,0 +1,1 @@
+"""The parts of `tools/demonstration.py`: sizes, stages, reconstructions, and the page of results."""
