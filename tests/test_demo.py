@@ -243,6 +243,8 @@ def test_what_serve_refuses(
 def test_the_command_serves_on_this_machine_alone_until_it_is_interrupted(
     by_class: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As in what a shell starts in the background.
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
@@ -280,6 +282,7 @@ def test_the_command_serves_on_this_machine_alone_until_it_is_interrupted(
     finally:
         over.set()
         visitor.join()
+        assert signal.signal(signal.SIGINT, ignored) == signal.SIG_IGN
     assert ended.value.code == 0
     assert elsewhere == [False]
     values = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 from enum import StrEnum
@@ -169,14 +168,25 @@ def _require_servable(prompts: list[str], prompts_file: Path | None) -> None:
 
 
 def _serve(demo: Demo, port: int | None, console: Console) -> None:
-    """Serves the page until the person at the terminal ends it."""
+    """Serves the page until Ctrl-C or SIGTERM."""
+    import signal
     import threading
 
     from dsr_scale.evaluate.demo import serving
 
-    with contextlib.suppress(KeyboardInterrupt), serving(demo, port=port) as address:
-        console.print(f"{demo.title} → {address} (Ctrl-C ends it)", markup=False)
-        threading.Event().wait()
+    over = threading.Event()
+    # Set even where they are ignored, as by a shell for what it starts in the background.
+    before = {
+        number: signal.signal(number, lambda *_: over.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        with serving(demo, port=port) as address:
+            console.print(f"{demo.title} → {address} (Ctrl-C ends it)", markup=False)
+            over.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interval(text: str) -> tuple[float, float]:

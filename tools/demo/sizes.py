@@ -47,13 +47,13 @@ class Sizes:
 
 
 FULL = Sizes(
-    encoder=Settings(depth=6, heads=4, steps=1200, batch_images=64),
+    encoder=Settings(depth=6, heads=4, steps=700, batch_images=64),
     encoder_images=None,
     register_images=500,
     forced_neurons=10,
-    decoder_steps=600,
-    steps=900,
-    images=256,
+    decoder_steps=360,
+    steps=600,
+    images=128,
     sampling_steps=30,
     seeds=2,
     held_out_samples=None,
