@@ -311,7 +311,7 @@ def test_compiling_without_a_compiler(bundle: Path, monkeypatch: pytest.MonkeyPa
         load(bundle, device="cpu", compile=True)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(shutil.which("g++") is None, reason="a C++ compiler is needed")
 def test_compiled_blocks_draw_the_same(bundle: Path) -> None:
     plain, compiled = (load(bundle, device="cpu", compile=on) for on in (False, True))

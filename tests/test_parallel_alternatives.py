@@ -19,6 +19,7 @@ from dsr_scale.config.derive import ModelShape
 
 # Tests of many ranks run one after the other: side by side they would only wait for each other.
 pytestmark = pytest.mark.xdist_group("ranks")
+extended = pytest.mark.extended
 
 Layout = tuple[int, dict[str, Any]]
 TENSOR: Layout = (2, {"tp": 2})
@@ -34,13 +35,13 @@ ALTERNATIVES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
-        ("masked registers, bias", TENSOR),
         ("masked registers, bias", SEQUENCE),
-        ("masked registers, bias", PIPELINE),
-        ("gated", TENSOR),
         ("gated", SEQUENCE),
         ("off by one", PIPELINE),
-        ("masked registers, bias", (2, {"zero": 3})),
+        pytest.param("masked registers, bias", TENSOR, marks=extended),
+        pytest.param("masked registers, bias", PIPELINE, marks=extended),
+        pytest.param("gated", TENSOR, marks=extended),
+        pytest.param("masked registers, bias", (2, {"zero": 3}), marks=extended),
     ],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
@@ -48,6 +49,7 @@ def test_fp32(kind: str, layout: Layout) -> None:
     assert_equal_to_one_process(layout, ALTERNATIVES[kind])
 
 
+@extended
 def test_masked_registers_before_captions_in_context() -> None:
     shape = {
         **SHAPE,
@@ -69,7 +71,9 @@ def test_recomputation_changes_no_number(kind: str, mode: str) -> None:
     assert all(torch.equal(ours.state[key], kept.state[key]) for key in kept.state)
 
 
-@pytest.mark.parametrize(("mode", "sp"), [("none", False), ("selective", True)])
+@pytest.mark.parametrize(
+    ("mode", "sp"), [pytest.param("none", False, marks=extended), ("selective", True)]
+)
 def test_a_gate_s_bytes_on_the_wire(mode: str, sp: bool) -> None:
     parallel, training = {"tp": 2, "sp": sp}, {"recompute": mode}
     counts = run_ranks(counted_step, 2, ALTERNATIVES["gated"], parallel, training)

@@ -28,7 +28,10 @@ from dsr_scale.config.run import RunConfig
 
 ROOT = Path(dsr_scale.__file__).parents[1]
 CONFIGS = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if isinstance(load_any_run(path), RunConfig)
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    # The demonstration's encoder is made when it runs, so nothing is known of it before.
+    if isinstance(load_any_run(path), RunConfig) and path.parent.name != "demonstration"
 )
 XL = ROOT / "configs" / "published" / "dit_xl.yaml"
 LARGER = ROOT / "configs" / "t2i" / "query_adaln_2_4b.yaml"

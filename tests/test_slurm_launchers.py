@@ -406,7 +406,7 @@ def test_encoders_that_cannot_start_end_the_job(cluster, tmp_path, stand_in):
     assert cluster.field(job.id, "Restarts") == "0"
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_save_that_outlasts_the_time_limit_costs_a_requeue(cluster, tmp_path, stand_in):
     job = Job(
         cluster,

@@ -325,7 +325,7 @@ def test_a_skipped_step_changes_neither_network(weights: Path, tmp_path: Path) -
     assert float(checkpoint_tensors(run, 5)["discriminator_steps.heads"]) == 5 - len(skipped)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_bf16_with_recomputation_resumes_bit_for_bit(weights: Path, tmp_path: Path) -> None:
     bf16 = ("training.precision=bf16", "training.recompute=full", "parallel.zero=2")
     whole = run_decoder(weights, tmp_path / "whole", *bf16)

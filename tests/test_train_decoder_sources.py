@@ -95,7 +95,7 @@ def test_cached_latents_train_bit_for_bit_as_inline_ones(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("send", ["files", "pixels"])
 def test_served_latents_train_bit_for_bit_as_inline_ones(
     inline: Path, weights: Path, tmp_path: Path, send: str

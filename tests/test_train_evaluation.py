@@ -109,7 +109,7 @@ def test_ranks_give_the_numbers_of_the_command(
     assert numbers(tmp_path, 2) == pytest.approx(numbers(alone, 2), rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_networks_that_judge_as_the_published_ones_do(data: Data, tmp_path: Path) -> None:
     """Inception and CLIP with random weights, in files as they are published."""
     pytest.importorskip("torch_fidelity")
