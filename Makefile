@@ -34,7 +34,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "found: Python %d.%d\nrequired: Python 3.11, 3.12 or 3.13\nwhat to do: make PYTHON=/path/to/python3.11 quickstart" % v)'
 	@echo "installing dsr-scale with training, evaluation, demo and test packages into $(VENV):"
-	@echo "about 2 minutes with a CPU build of torch, longer for the several GB of a CUDA build"
+	@echo "about 4 minutes with a CPU build of torch, longer for the several GB of a CUDA build"
 	@$(PYTHON) -m venv $(VENV) || { printf 'found: no working venv module\nrequired: python3 -m venv\nwhat to do: on Debian and Ubuntu, apt install python3-venv\n'; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24,<27'
 	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[train,demo,eval,web,dev]'
