@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -359,3 +360,21 @@ def test_loss_curve_is_drawn_inside_its_frame(run: Path, tmp_path: Path) -> None
     picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
     blue = (picture[..., 2] - picture[..., 0]) > 80
     assert blue.sum() > 100
+
+
+def test_a_checkpoint_of_another_version_is_named_before_anything_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = directory.read_run_state
+
+    def older(checkpoint: Path) -> dict[str, Any]:
+        state = read(checkpoint)
+        state["config"]["encoders"]["text"]["cache_captions"] = 4
+        return state
+
+    monkeypatch.setattr(directory, "read_run_state", older)
+    with pytest.raises(InputError) as refused:
+        export_run(run, tmp_path / "out")
+    assert "no EncodersConfig of this version" in refused.value.found
+    assert "cache_captions" in refused.value.found
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -17,10 +17,13 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from dsr_scale.base import atomic_files
 from dsr_scale.base.errors import InputError
+from dsr_scale.config.section import Section
 
 RUN_STATE_FILE = "run_state.json"
 PARTIAL_SUFFIX = ".partial"
@@ -120,6 +123,24 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
             remedy="use the version of dsr-scale that the run was trained with",
         )
     return state
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def saved_section(checkpoint: Path, kind: type[SectionT], content: object) -> SectionT:
+    """A part of the run state of `checkpoint` as this version's section.
+
+    Raises InputError for what another version saved, or a run that trains something else.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise InputError(
+            found=f"{RUN_STATE_FILE} in {checkpoint} has no {kind.__name__} of this version: {error}",
+            required="a checkpoint of this version of dsr-scale, of a run that this command is for",
+            remedy="use the version that the run was trained with, or name another run",
+        ) from error
 
 
 def _damaged(checkpoint: Path, reason: str) -> DamagedError:

@@ -21,7 +21,7 @@ from dsr_scale.config.derive import (
 )
 from dsr_scale.config.encoder_checks import ENCODER_CHECKS
 from dsr_scale.config.encoders import CAPTION_PLACEHOLDER, TransformersText
-from dsr_scale.config.evaluation_checks import evaluation_problems
+from dsr_scale.config.evaluation_checks import evaluation_problems, interval_problems
 from dsr_scale.config.model import ClassConditioning
 from dsr_scale.config.parallel_checks import (
     microbatch_problems,
@@ -226,13 +226,7 @@ def _checkpoints(run: AnyRun) -> Problems:
 
 def _sampling(run: RunConfig) -> Problems:
     grid = run.grid
-    low, high = grid.sampling.guidance_interval
-    if not 0 <= low < high <= 1:
-        yield InputError(
-            found=f"grid.sampling.guidance_interval = [{low}, {high}]",
-            required="two timesteps between 0 and 1, the lower first",
-            remedy="correct grid.sampling.guidance_interval; [0, 1] is everywhere",
-        )
+    yield from interval_problems("grid.sampling", grid.sampling)
     if grid.every_steps is None:
         return
     if run.encoders.decoder.kind == "none":

@@ -7,9 +7,21 @@ from collections.abc import Callable
 from dsr_scale.base.errors import InputError
 from dsr_scale.config import costs
 from dsr_scale.config.derive import ModelShape
+from dsr_scale.config.diffusion import SamplingConfig
 from dsr_scale.config.evaluation import IMAGES_NEEDED, OF_REFERENCE
 from dsr_scale.config.run import RunConfig
 from dsr_scale.config.shape_checks import Problems
+
+
+def interval_problems(name: str, sampling: SamplingConfig) -> Problems:
+    """Times between which guidance applies, in the section called `name`."""
+    low, high = sampling.guidance_interval
+    if not 0 <= low < high <= 1:
+        yield InputError(
+            found=f"{name}.guidance_interval = [{low}, {high}]",
+            required="two timesteps between 0 and 1, the lower first",
+            remedy=f"correct {name}.guidance_interval; [0, 1] is everywhere",
+        )
 
 
 def _metrics(run: RunConfig) -> Problems:
@@ -85,13 +97,7 @@ def _drawing(run: RunConfig) -> Problems:
     if sampling is None:
         sampling, name = run.grid.sampling, "grid.sampling"
     else:
-        low, high = sampling.guidance_interval
-        if not 0 <= low < high <= 1:
-            yield InputError(
-                found=f"{name}.guidance_interval = [{low}, {high}]",
-                required="two timesteps between 0 and 1, the lower first",
-                remedy=f"correct {name}.guidance_interval; [0, 1] is everywhere",
-            )
+        yield from interval_problems(name, sampling)
     draws = not IMAGES_NEEDED.keys().isdisjoint(evaluation.metrics)
     if draws and sampling.guidance != 1 and run.data.condition_dropout == 0:
         yield InputError(

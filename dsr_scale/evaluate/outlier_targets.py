@@ -223,7 +223,9 @@ def _open_bundle(path: Path, how: Measurement) -> Load:
 
 def _open_checkpoint(checkpoint: Path, how: Measurement) -> Load:
     state = directory.read_run_state(checkpoint)
-    shape = ModelShape.model_validate(state["model_shape"] | _PLAIN_ATTENTION)
+    shape = directory.saved_section(checkpoint, ModelShape, state["model_shape"]).model_copy(
+        update=_PLAIN_ATTENTION
+    )
     run = state["config"]
     average = ema_name(run["training"]["ema_decays"][0])
 
@@ -232,13 +234,13 @@ def _open_checkpoint(checkpoint: Path, how: Measurement) -> Load:
         load_checkpoint_weights(checkpoint, model, average)
         return model.to(how.device).eval().requires_grad_(False)
 
-    data = DataConfig.model_validate(run["data"])
+    data = directory.saved_section(checkpoint, DataConfig, run["data"])
     return _diffusion_target(
         f"{run['name']}, step {state['step']}",
         load,
         shape,
         state["timestep_shift"],
-        EncodersConfig.model_validate(run["encoders"]),
+        directory.saved_section(checkpoint, EncodersConfig, run["encoders"]),
         how.data(data, data.resolution),
         how,
         {"run": run["name"], "step": state["step"], "weights": average},

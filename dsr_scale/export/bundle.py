@@ -142,10 +142,10 @@ def export_run(
     checkpoint = directory.find_checkpoint(run_directory, step)
     _require_place(out)
     state = directory.read_run_state(checkpoint)
-    shape = ModelShape.model_validate(state["model_shape"])
+    shape = directory.saved_section(checkpoint, ModelShape, state["model_shape"])
     config = state["config"]
     kind = weights_kind(weights, config["training"]["ema_decays"])
-    encoders = EncodersConfig.model_validate(config["encoders"])
+    encoders = directory.saved_section(checkpoint, EncodersConfig, config["encoders"])
     check_sources(encoders, out, copy_models=copy_encoders, replaced=_copied_before(out))
     copied = models_to_copy(encoders) if copy_encoders else {}
     description = BundleDescription(
@@ -155,11 +155,11 @@ def export_run(
         quantization=quantization,
         resolution=config["data"]["resolution"],
         shape=shape,
-        diffusion=DiffusionConfig.model_validate(config["diffusion"]),
+        diffusion=directory.saved_section(checkpoint, DiffusionConfig, config["diffusion"]),
         timestep_shift=state["timestep_shift"],
         encoders=relocated(encoders, lambda name: name, copied),
         copied_models=copied,
-        sampling=SamplingConfig.model_validate(config["grid"]["sampling"]),
+        sampling=directory.saved_section(checkpoint, SamplingConfig, config["grid"]["sampling"]),
         provenance=Provenance(
             run_name=config["name"],
             step=state["step"],
